@@ -1,0 +1,54 @@
+// C += sum over real positions of x x^T: the tiles on and above the diagonal, each added to its mirror image too.
+#include "engine.h"
+
+namespace ihvp {
+namespace IHVP_ISA {
+
+namespace {
+
+// Positions summed in T before they are added to C, which may be wider.
+constexpr int64_t chunk_positions = 2048;
+
+template <class T, class S>
+Status update(const View& C, const View& x, const View& mask, bool bias, int threads) {
+    constexpr int64_t W = Panels<T>::width;
+    Rows rows = token_rows(x, mask, bias);
+    int64_t d = rows.features, depth = least(chunk_positions, rows.count);
+    Workspace space;
+    space.plan<T>(Panels<T>::size(depth, d));
+    if (!space.allocate()) return Status::out_of_memory;
+    T* memory = space.take<T>(Panels<T>::size(depth, d));
+
+    auto upper = matrix_target<T, S, true>(C);
+    View mirrored = C;
+    mirrored.stride[0] = C.stride[1];
+    mirrored.stride[1] = C.stride[0];
+    auto lower = matrix_target<T, S, true>(mirrored);
+
+    for (int64_t first = 0; first < rows.count; first += depth) {
+        Panels<T> packed{memory, least(depth, rows.count - first), d};
+        pack_straight(packed, rows, first, threads);
+        int64_t panels = packed.count();
+        parallel(threads, panels * panels, [&](int64_t task, int) {
+            int64_t i = task / panels, j = task % panels;
+            if (i > j) return;
+            product(packed, i * W, least(d, (i + 1) * W), packed, j, j + 1,
+                    [&](const Tile<T>& tile, int64_t r, int64_t c) {
+                        upper(tile, r, c);
+                        if (i < j) lower(tile, r, c);
+                    });
+        });
+    }
+    return Status::ok;
+}
+
+}  // namespace
+
+Status covariance_update(View C, View x, View mask, bool bias, int threads) {
+    if (x.dtype == DType::f64) return update<double, double>(C, x, mask, bias, threads);
+    if (C.dtype == DType::f64) return update<float, double>(C, x, mask, bias, threads);
+    return update<float, float>(C, x, mask, bias, threads);
+}
+
+}  // namespace IHVP_ISA
+}  // namespace ihvp

@@ -1,0 +1,39 @@
+// out[n,t,c] = sum_i x[n,t,i] U[i,c], the bias feature of x folded in; masked positions give zero rows.
+#include "engine.h"
+
+namespace ihvp {
+namespace IHVP_ISA {
+
+namespace {
+
+template <class T>
+Status run(const View& out, const View& x, const View& U, const View& mask, bool bias, int threads) {
+    constexpr int64_t W = Panels<T>::width;
+    Rows rows = token_rows(x, mask, bias);
+    int64_t d = rows.features;
+    Workspace space;
+    space.plan<T>(basis_size<T>(U, d));
+    space.plan<T>(threads * d * W);
+    if (!space.allocate()) return Status::out_of_memory;
+    Panels<T> basis = pack_basis<T>(space, U, d, false, threads);
+    T* scratch = space.take<T>(threads * d * W);
+    // out is made by the binding: contiguous, (N,T,d) read as (N T, d).
+    StoreMatrix<T, T, false> finish{static_cast<T*>(out.data), rows.count, d, d, 1};
+    parallel(threads, ceil_div(rows.count, W), [&](int64_t p, int thread) {
+        Panels<T> part{scratch + thread * d * W, d, least(W, rows.count - p * W)};
+        pack_transposed(part, 0, rows, p * W);
+        product(part, 0, part.columns, basis, 0, basis.count(),
+                [&](const Tile<T>& tile, int64_t i, int64_t j) { finish(tile, p * W + i, j); });
+    });
+    return Status::ok;
+}
+
+}  // namespace
+
+Status eigenbasis_project(View out, View x, View U, View mask, bool bias, int threads) {
+    return IHVP_COMPUTE(out.dtype == DType::f64,
+                        [&](auto zero) { return run<decltype(zero)>(out, x, U, mask, bias, threads); });
+}
+
+}  // namespace IHVP_ISA
+}  // namespace ihvp

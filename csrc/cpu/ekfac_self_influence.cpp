@@ -1,0 +1,109 @@
+// out[n] = sum_oi (U_G^T g_n U_A)[o,i]^2 / (Lambda + damping)[o,i].
+// T = 1: with W = 1 / (Lambda + damping), rowsum((D^2 W) * A^2) over projected, squared tokens.
+// T > 1: the tiles of each example's rotated gradient, squared and weighed as they come.
+#include "engine.h"
+
+namespace ihvp {
+namespace IHVP_ISA {
+
+namespace {
+
+constexpr int64_t chunk_positions = 1024;
+
+// W with k = o, the panels' padding zero.
+template <class T>
+Panels<T> pack_weight(T* memory, const View& Lambda, double damping, int threads) {
+    Panels<T> weight{memory, Lambda.shape[0], Lambda.shape[1]};
+    pack_straight(weight, matrix_rows(Lambda), 0, threads);
+    for (int64_t p = 0; p < weight.count(); ++p) {
+        for (int64_t k = 0; k < weight.depth; ++k) {
+            T* row = weight.at(k, p * Panels<T>::width);
+            int64_t columns = least(Panels<T>::width, weight.columns - p * Panels<T>::width);
+            for (int64_t c = 0; c < columns; ++c) row[c] = T(1) / (row[c] + T(damping));
+        }
+    }
+    return weight;
+}
+
+template <class T>
+Status run(const View& out, const Rows& a, const Rows& delta, int64_t N, int64_t positions, const View& U_A,
+           const View& U_G, const View& Lambda, double damping, int threads) {
+    constexpr int64_t W = Panels<T>::width;
+    int64_t I = a.features, O = delta.features;
+    bool single = positions == 1;
+    int64_t examples = chunk_of_examples(N, positions, chunk_positions), depth = examples * positions;
+    int64_t size_d = single ? Panels<T>::size(O, depth) : Panels<T>::size(depth, O);
+    Workspace space;
+    space.plan<T>(basis_size<T>(U_A, I));
+    space.plan<T>(basis_size<T>(U_G, O));
+    space.plan<T>(Panels<T>::size(O, I));
+    space.plan<T>(Panels<T>::size(depth, I));
+    space.plan<T>(size_d);
+    space.plan<T>(threads * most(I, O) * W);
+    if (!space.allocate()) return Status::out_of_memory;
+    Panels<T> basis_A = pack_basis<T>(space, U_A, I, false, threads);
+    Panels<T> basis_G = pack_basis<T>(space, U_G, O, false, threads);
+    Panels<T> weight = pack_weight<T>(space.take<T>(Panels<T>::size(O, I)), Lambda, damping, threads);
+    Panels<T> x{space.take<T>(Panels<T>::size(depth, I)), depth, I};
+    T* memory_d = space.take<T>(size_d);
+    T* scratch = space.take<T>(threads * most(I, O) * W);
+    T* result = static_cast<T*>(out.data);
+    for (int64_t first = 0; first < N; first += examples) {
+        int64_t count = least(examples, N - first);
+        x.depth = count * positions;
+        if (single) {
+            Panels<T> d{memory_d, O, count};
+            project<T, true>(x, a, first, basis_A, scratch, threads);
+            project_features<T, true>(d, delta, first, basis_G, scratch, threads);
+            parallel(threads, ceil_div(count, tile_rows), [&](int64_t block, int) {
+                int64_t i = block * tile_rows;
+                int rows = int(least(tile_rows, count - i));
+                Vec<T> sums[tile_rows] = {};
+                product(d, i, i + rows, weight, 0, weight.count(), [&](const Tile<T>& tile, int64_t, int64_t j) {
+                    for (int r = 0; r < rows; ++r) {
+                        const T* squares = x.at(i + r, j);
+                        for (int v = 0; v < tile.vectors; ++v)
+                            sums[r] += tile.acc[r][v] * load(squares + v * Lanes<T>::width);
+                    }
+                });
+                for (int r = 0; r < rows; ++r) result[(first + i + r) * out.stride[0]] = sum_lanes<T>(sums[r]);
+            });
+        } else {
+            Panels<T> d{memory_d, count * positions, O};
+            project<T, false>(x, a, first * positions, basis_A, scratch, threads);
+            project<T, false>(d, delta, first * positions, basis_G, scratch, threads);
+            parallel(threads, count, [&](int64_t n, int) {
+                T total = 0;
+                for (int64_t p = 0; p < x.count(); ++p) {
+                    Vec<T> sum = {};
+                    for (int64_t i = 0; i < O; i += tile_rows) {
+                        Tile<T> tile;
+                        multiply(tile, d, i, x, p, n * positions, (n + 1) * positions);
+                        int rows = int(least(tile_rows, O - i));
+                        for (int r = 0; r < rows; ++r) {
+                            const T* w = weight.at(i + r, p * W);
+                            for (int v = 0; v < tile.vectors; ++v)
+                                sum += tile.acc[r][v] * tile.acc[r][v] * load(w + v * Lanes<T>::width);
+                        }
+                    }
+                    total += sum_lanes<T>(sum);
+                }
+                result[(first + n) * out.stride[0]] = total;
+            });
+        }
+    }
+    return Status::ok;
+}
+
+}  // namespace
+
+Status ekfac_self_influence(View out, View a, View delta, View U_A, View U_G, View Lambda, double damping, View mask,
+                            bool bias, int threads) {
+    return IHVP_COMPUTE(out.dtype == DType::f64, [&](auto zero) {
+        return run<decltype(zero)>(out, token_rows(a, mask, bias), token_rows(delta, mask, false), a.shape[0],
+                                   a.shape[1], U_A, U_G, Lambda, damping, threads);
+    });
+}
+
+}  // namespace IHVP_ISA
+}  // namespace ihvp

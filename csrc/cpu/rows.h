@@ -1,0 +1,130 @@
+// Reading: a View of any element type and strides as rows of float or double, with the mask and the implicit
+// bias feature folded in.
+#pragma once
+#include <cstring>
+
+#include "vec.h"
+
+namespace ihvp {
+namespace IHVP_ISA {
+namespace {
+
+template <class T, class S>
+IHVP_INLINE T widen(S x) {
+    return T(x);
+}
+
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+
+IHVP_INLINE float from_bits(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+template <class T>
+IHVP_INLINE T widen(BFloat16 x) {
+    return T(from_bits(uint32_t(x.bits) << 16));
+}
+
+// Exponents 0 (zeros, subnormals) and 31 (infinities, NaN) need their own way; the rest is a shift and a rebias.
+template <class T>
+IHVP_INLINE T widen(Float16 x) {
+    uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
+    float normal = from_bits(sign | ((rest << 13) + (112u << 23)));
+    float special = from_bits(sign | (rest << 13) | 0x7f800000u);
+    float small = from_bits(sign | 0x3f800000u) * (float(rest) * 0x1p-24f);
+    return T(rest >= 0x7c00u ? special : rest < 0x0400u ? small : normal);
+}
+
+template <class T, class S>
+void widen_row(T* __restrict out, const S* in, int64_t stride, int64_t count) {
+    if (stride == 1) {
+        for (int64_t i = 0; i < count; ++i) out[i] = widen<T>(in[i]);
+    } else {
+        for (int64_t i = 0; i < count; ++i) out[i] = widen<T>(in[i * stride]);
+    }
+}
+
+// A matrix as its rows. For tokens (N,T,features) a row is a position and `features` counts the bias feature;
+// for a matrix (rows, columns) there is one outer index.
+struct Rows {
+    const char* data;
+    DType dtype;
+    int64_t inner, stride_outer, stride_inner, stride_column;  // row r lies at outer r / inner, inner r % inner
+    int64_t count, features, stored;                           // stored = features without the bias
+    const bool* mask;
+    int64_t mask_outer, mask_inner;
+
+    bool real(int64_t row) const {
+        return mask == nullptr || mask[row / inner * mask_outer + row % inner * mask_inner];
+    }
+
+    template <class T>
+    void read(T* out, int64_t row, int64_t first, int64_t end) const {
+        if (!real(row)) {
+            for (int64_t i = first; i < end; ++i) *out++ = 0;
+            return;
+        }
+        int64_t at = row / inner * stride_outer + row % inner * stride_inner + first * stride_column;
+        int64_t count_stored = least(end, stored) - first;
+        switch (dtype) {
+            case DType::f32:
+                widen_row<T>(out, reinterpret_cast<const float*>(data) + at, stride_column, count_stored);
+                break;
+            case DType::f64:
+                widen_row<T>(out, reinterpret_cast<const double*>(data) + at, stride_column, count_stored);
+                break;
+            case DType::bf16:
+                widen_row<T>(out, reinterpret_cast<const BFloat16*>(data) + at, stride_column, count_stored);
+                break;
+            case DType::f16:
+                widen_row<T>(out, reinterpret_cast<const Float16*>(data) + at, stride_column, count_stored);
+                break;
+            case DType::boolean:
+                break;
+        }
+        if (end > stored && first <= stored) out[stored - first] = 1;
+    }
+};
+
+inline Rows matrix_rows(const View& m, bool transposed = false) {
+    int64_t r = m.dims - 2, c = m.dims - 1;
+    if (transposed) {
+        int64_t swap = r;
+        r = c;
+        c = swap;
+    }
+    int64_t rows = m.shape[r], columns = m.shape[c];
+    return Rows{static_cast<const char*>(m.data), m.dtype, rows > 0 ? rows : 1, 0, m.stride[r], m.stride[c],
+                rows, columns, columns, nullptr, 0, 0};
+}
+
+inline Rows token_rows(const View& x, const View& mask, bool bias) {
+    int64_t inner = x.shape[1] > 0 ? x.shape[1] : 1;
+    return Rows{static_cast<const char*>(x.data), x.dtype, inner, x.stride[0], x.stride[1], x.stride[2],
+                x.shape[0] * x.shape[1], x.shape[2] + (bias ? 1 : 0), x.shape[2],
+                static_cast<const bool*>(mask.data), mask.stride[0], mask.stride[1]};
+}
+
+// One entry of a batch of matrices.
+inline View entry(const View& m, int64_t index) {
+    static const int64_t sizes[] = {4, 8, 2, 2, 1};
+    View v = m;
+    v.dims = m.dims - 1;
+    v.data = static_cast<char*>(m.data) + index * m.stride[0] * sizes[int(m.dtype)];
+    for (int i = 0; i < v.dims; ++i) {
+        v.shape[i] = m.shape[i + 1];
+        v.stride[i] = m.stride[i + 1];
+    }
+    return v;
+}
+
+}  // namespace
+}  // namespace IHVP_ISA
+}  // namespace ihvp

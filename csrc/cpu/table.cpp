@@ -1,0 +1,26 @@
+// This instruction set's column of the table of kernels.
+#include "vec.h"
+
+#define IHVP_TEXT_(x) #x
+#define IHVP_TEXT(x) IHVP_TEXT_(x)
+
+namespace ihvp {
+namespace IHVP_ISA {
+
+Status covariance_update(View, View, View, bool, int);
+Status eigenbasis_project(View, View, View, View, bool, int);
+Status eigenbasis_rotate(View, View, View, View, bool, int);
+Status ekfac_diagonal_update(View, View, View, View, View, View, bool, Order, int);
+Status ekfac_self_influence(View, View, View, View, View, View, double, View, bool, int);
+Status ekfac_solve(View, View, View, View, View, View, int);
+Status ghost_dot(View, View, View, View, View, View, View, View, bool, int);
+Status gradient_dot(View, View, View, View, View, bool, bool, Order, int);
+Status kfac_solve(View, View, View, View, int);
+
+extern const Kernels kernels;
+const Kernels kernels = {IHVP_TEXT(IHVP_ISA), covariance_update,    eigenbasis_project, eigenbasis_rotate,
+                         ekfac_diagonal_update, ekfac_self_influence, ekfac_solve,        ghost_dot,
+                         gradient_dot,        kfac_solve};
+
+}  // namespace IHVP_ISA
+}  // namespace ihvp

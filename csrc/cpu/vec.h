@@ -1,0 +1,57 @@
+// The small vector type that every kernel is written over, and the shape of the register tile.
+//
+// CMake compiles each kernel file once per instruction set, with IHVP_ISA (the namespace and the name),
+// IHVP_VECTOR_BYTES, IHVP_TILE_ROWS and IHVP_TILE_VECTORS set. The tile of TILE_ROWS x TILE_VECTORS vectors
+// and its operands fill the register file; PANEL is a multiple of TILE_ROWS for float and double alike.
+// Everything sits in an unnamed namespace: a symbol shared between instruction sets could be linked into
+// the wrong one.
+#pragma once
+#include <cstdint>
+
+#include "../kernels.h"
+
+#define IHVP_INLINE inline __attribute__((always_inline))
+
+namespace ihvp {
+namespace IHVP_ISA {
+namespace {
+
+constexpr int tile_rows = IHVP_TILE_ROWS;
+constexpr int tile_vectors = IHVP_TILE_VECTORS;
+
+template <class T>
+struct Lanes {
+    static constexpr int width = IHVP_VECTOR_BYTES / int(sizeof(T));
+    static constexpr int panel = width * tile_vectors;  // columns of a packed panel
+    static_assert(panel % tile_rows == 0, "a panel must hold whole register tiles");
+    typedef T Vec __attribute__((vector_size(IHVP_VECTOR_BYTES)));
+    typedef T Unaligned __attribute__((vector_size(IHVP_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+};
+
+template <class T>
+using Vec = typename Lanes<T>::Vec;
+
+template <class T>
+IHVP_INLINE Vec<T> load(const T* p) {
+    return *reinterpret_cast<const typename Lanes<T>::Unaligned*>(p);
+}
+
+template <class T>
+IHVP_INLINE void store(T* p, Vec<T> v) {
+    *reinterpret_cast<typename Lanes<T>::Unaligned*>(p) = v;
+}
+
+template <class T>
+IHVP_INLINE T sum_lanes(Vec<T> v) {
+    T total = 0;
+    for (int i = 0; i < Lanes<T>::width; ++i) total += v[i];
+    return total;
+}
+
+IHVP_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+IHVP_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+IHVP_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+}  // namespace
+}  // namespace IHVP_ISA
+}  // namespace ihvp

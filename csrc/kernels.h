@@ -1,0 +1,31 @@
+// The table of kernels that every instruction set fills. bind.cpp has checked all shapes and types before
+// a kernel sees them; T is 1 where the caller gave two-dimensional tokens, so tokens are always (N,T,features).
+#pragma once
+#include "view.h"
+
+namespace ihvp {
+
+// `out_of_memory` is the only way in which a kernel can fail.
+enum class Status : int32_t { ok, out_of_memory };
+
+// Which contraction runs first; the cost model of the op decides.
+enum class Order : int32_t { project_first, gradient_first, query_first };
+
+struct Kernels {
+    const char* isa;
+    Status (*covariance_update)(View C, View x, View mask, bool bias, int threads);
+    Status (*eigenbasis_project)(View out, View x, View U, View mask, bool bias, int threads);
+    Status (*eigenbasis_rotate)(View out, View V, View U_A, View U_G, bool inverse, int threads);
+    Status (*ekfac_diagonal_update)(View Lambda, View a, View delta, View U_A, View U_G, View mask, bool bias,
+                                    Order order, int threads);
+    Status (*ekfac_self_influence)(View out, View a, View delta, View U_A, View U_G, View Lambda, double damping,
+                                   View mask, bool bias, int threads);
+    Status (*ekfac_solve)(View out, View V, View U_A, View U_G, View Lambda, View damping, int threads);
+    Status (*ghost_dot)(View out, View a1, View delta1, View a2, View delta2, View weight, View mask1, View mask2,
+                        bool bias, int threads);
+    Status (*gradient_dot)(View out, View P, View a, View delta, View mask, bool bias, bool per_token, Order order,
+                           int threads);
+    Status (*kfac_solve)(View out, View V, View L_A, View L_G, int threads);
+};
+
+}  // namespace ihvp
