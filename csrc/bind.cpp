@@ -198,7 +198,7 @@ void ekfac_solve(py::handle out_, py::handle V_, py::handle U_A_, py::handle U_G
     });
 }
 
-void ghost_dot(py::handle out_, py::handle a1_, py::handle delta1_, py::handle a2_, py::handle delta2_,
+void weighted_ghost_dot(py::handle out_, py::handle a1_, py::handle delta1_, py::handle a2_, py::handle delta2_,
                py::handle weight_, py::handle mask1_, py::handle mask2_, bool bias, int threads) {
     Argument out("out", out_), a1("a1", a1_), delta1("delta1", delta1_), a2("a2", a2_), delta2("delta2", delta2_),
         weight("weight", weight_), mask1("mask1", mask1_, true), mask2("mask2", mask2_, true);
@@ -214,7 +214,7 @@ void ghost_dot(py::handle out_, py::handle a1_, py::handle delta1_, py::handle a
     if (weight.empty()) return no_positions(out);
     if (out.empty()) return;
     call(threads, [&] {
-        return kernels->ghost_dot(out.view, a1.view, delta1.view, a2.view, delta2.view, weight.view, mask1.view,
+        return kernels->weighted_ghost_dot(out.view, a1.view, delta1.view, a2.view, delta2.view, weight.view, mask1.view,
                                   mask2.view, bias, threads);
     });
 }
@@ -285,7 +285,7 @@ PYBIND11_MODULE(_native, m) {
           arg("Lambda"), arg("damping"), arg("mask"), arg("bias"), arg("threads"));
     m.def("ekfac_solve", &ekfac_solve, arg("out"), arg("V"), arg("U_A"), arg("U_G"), arg("Lambda"), arg("damping"),
           arg("threads"));
-    m.def("ghost_dot", &ghost_dot, arg("out"), arg("a1"), arg("delta1"), arg("a2"), arg("delta2"), arg("weight"),
+    m.def("weighted_ghost_dot", &weighted_ghost_dot, arg("out"), arg("a1"), arg("delta1"), arg("a2"), arg("delta2"), arg("weight"),
           arg("mask1"), arg("mask2"), arg("bias"), arg("threads"));
     m.def("gradient_dot", &gradient_dot, arg("out"), arg("P"), arg("a"), arg("delta"), arg("mask"), arg("bias"),
           arg("per_token"), arg("order"), arg("threads"));

@@ -13,13 +13,13 @@ Status eigenbasis_rotate(View, View, View, View, bool, int);
 Status ekfac_diagonal_update(View, View, View, View, View, View, bool, Order, int);
 Status ekfac_self_influence(View, View, View, View, View, View, double, View, bool, int);
 Status ekfac_solve(View, View, View, View, View, View, int);
-Status ghost_dot(View, View, View, View, View, View, View, View, bool, int);
+Status weighted_ghost_dot(View, View, View, View, View, View, View, View, bool, int);
 Status gradient_dot(View, View, View, View, View, bool, bool, Order, int);
 Status kfac_solve(View, View, View, View, int);
 
 extern const Kernels kernels;
 const Kernels kernels = {IHVP_TEXT(IHVP_ISA), covariance_update,    eigenbasis_project, eigenbasis_rotate,
-                         ekfac_diagonal_update, ekfac_self_influence, ekfac_solve,        ghost_dot,
+                         ekfac_diagonal_update, ekfac_self_influence, ekfac_solve,        weighted_ghost_dot,
                          gradient_dot,        kfac_solve};
 
 }  // namespace IHVP_ISA

@@ -1,0 +1,46 @@
+"""ihvp: the fast numerical backend for influence functions and training-data attribution.
+
+    model = ihvp.InfluenceModel(net, loss_fn)
+    curvature = ihvp.EKFACIHVP(model, train_loader, damping="auto")
+    scores = ihvp.FirstOrderInfluenceCalculator(model, train_loader, curvature).scores(test_loader)   # (Q,N)
+
+A score is + g_query^T (F + damping I)^-1 g_train: positive means that training on the example lowered the query's loss.
+"""
+
+import torch as _torch  # noqa: F401  before the extension, so that both share one OpenMP runtime
+
+from ihvp import ops
+from ihvp.batch import Batch
+from ihvp.calculators import FirstOrderInfluenceCalculator, Order
+from ihvp.methods import (
+    EKFACIHVP,
+    IHVP,
+    KFACIHVP,
+    DiagonalIHVP,
+    ExactIHVP,
+    FisherIHVP,
+    IdentityIHVP,
+    load,
+)
+from ihvp.model import InfluenceModel
+from ihvp.ops._registry import explain, use
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EKFACIHVP",
+    "IHVP",
+    "KFACIHVP",
+    "Batch",
+    "DiagonalIHVP",
+    "ExactIHVP",
+    "FirstOrderInfluenceCalculator",
+    "FisherIHVP",
+    "IdentityIHVP",
+    "InfluenceModel",
+    "Order",
+    "explain",
+    "load",
+    "ops",
+    "use",
+]

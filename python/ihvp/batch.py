@@ -1,0 +1,95 @@
+"""One batch of data as the model and the loss take it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What `net(*args, **kwargs)` and `loss_fn(outputs, targets)` are called with.
+
+    Attributes:
+        args, kwargs: the model's arguments; the first dimension of their tensors is the example.
+        targets: whatever loss_fn takes beside the outputs.
+        mask: (N,T), 1 or True for real positions, 0 or False for padding. A masked position's loss counts as zero,
+            and the position contributes nothing to any factor, gradient or score.
+        weights: (N,), factors of the examples' losses.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    targets: Any = None
+    mask: Tensor | None = None
+    weights: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        N = self.size
+        if self.mask is not None:
+            if self.mask.dim() != 2 or self.mask.shape[0] != N:
+                raise ValueError(f"mask must be (N,T) with N={N}, got {tuple(self.mask.shape)}")
+            if self.mask.dtype != torch.bool:
+                if not bool(((self.mask == 0) | (self.mask == 1)).all()):
+                    raise ValueError("mask must hold only 0 and 1, or be bool")
+                object.__setattr__(self, "mask", self.mask.bool())
+        if self.weights is not None and tuple(self.weights.shape) != (N,):
+            raise ValueError(f"weights must be (N,) = ({N},), got {tuple(self.weights.shape)}")
+
+    @property
+    def size(self) -> int:
+        """N, the first dimension of the targets, or else of the first tensor among the arguments."""
+        for x in _tensors((self.targets, self.args, self.kwargs)):
+            if x.dim() > 0:
+                return int(x.shape[0])
+        raise ValueError("a batch must hold a tensor whose first dimension is the example")
+
+    def to(self, device: torch.device) -> Batch:
+        return replace(
+            self,
+            args=_map(self.args, lambda x: x.to(device)),
+            kwargs=_map(self.kwargs, lambda x: x.to(device)),
+            targets=_map(self.targets, lambda x: x.to(device)),
+            mask=None if self.mask is None else self.mask.to(device),
+            weights=None if self.weights is None else self.weights.to(device),
+        )
+
+
+def as_batch(raw: Any) -> Batch:
+    """A Batch as it is; a pair (inputs, targets), inputs being a tensor, a tuple of arguments or a dict of them."""
+    if isinstance(raw, Batch):
+        return raw
+    if not isinstance(raw, (tuple, list)) or len(raw) != 2:
+        what = f"{type(raw).__name__} of length {len(raw)}" if isinstance(raw, (tuple, list)) else type(raw).__name__
+        raise TypeError(
+            f"a batch must be a pair (inputs, targets) or an ihvp.Batch, got {what}; process_batch can turn one into the other"
+        )
+    inputs, targets = raw
+    if isinstance(inputs, Mapping):
+        return Batch(kwargs=inputs, targets=targets)
+    return Batch(args=tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), targets=targets)
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, Mapping):
+        for value in x.values():
+            yield from _tensors(value)
+    elif isinstance(x, (tuple, list)):
+        for value in x:
+            yield from _tensors(value)
+
+
+def _map(x: Any, f: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(x, Tensor):
+        return f(x)
+    if isinstance(x, Mapping):
+        return {key: _map(value, f) for key, value in x.items()}
+    if isinstance(x, (tuple, list)):
+        return tuple(_map(value, f) for value in x)
+    return x

@@ -1,0 +1,183 @@
+"""The only hooks: one forward and backward pass that hands each tracked layer's tokens to a sink.
+
+No parameter collects a gradient and no weight-gradient product is run: parameters do not require grad during the pass,
+and the backward pass is asked only for the gradient at a scalar that the outputs of the first tracked layers are tied
+to. What lies before those layers is not part of the graph. Whatever happens, the net is left as it was found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ihvp.batch import Batch
+from ihvp.model import InfluenceModel, Layer
+
+Sink = Callable[[Layer, Tensor, Tensor, "Tensor | None"], None]
+"""Receives (layer, a, delta, mask) as the backward pass reaches the layer: (N,T,I), (N,T,O), (N,T) or None."""
+
+
+@dataclass
+class _Use:
+    """One use of a layer in the forward pass. `version` tells whether its input was overwritten since."""
+
+    a: Tensor
+    version: int
+    delta: Tensor | None = None
+
+
+class _TieToRoot(torch.autograd.Function):
+    """Identity whose result depends on `root`, for layers whose input needs no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, root: Tensor) -> Tensor:
+        return output.clone()  # a tensor of its own: what follows may change it in place
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+@contextlib.contextmanager
+def untouched(net: nn.Module) -> Iterator[None]:
+    """Undo what a pass does to a net: `requires_grad` and the buffers of modules in training mode."""
+    for name, module in net.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise ValueError(
+                f"layer {name!r} ({type(module).__name__}) is in training mode, where an example's loss depends on the "
+                "rest of its batch; call net.eval() first"
+            )
+    required = [(p, p.requires_grad) for p in net.parameters()]
+    training = (module for module in net.modules() if module.training)
+    buffers = [(b, b.clone()) for module in training for b in module.buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for p, value in required:
+            p.requires_grad_(value)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def capture(
+    model: InfluenceModel, batch: Batch, sink: Sink, *, index: int = 0, generator: torch.Generator | None = None
+) -> Tensor:
+    """Run one batch forward and backward and feed the sink; return the losses per example (N,), detached.
+
+    A layer used several times in the forward pass is handed over once, its uses joined as further positions. `index`
+    names the batch in errors. With a `generator` the targets are drawn from the model's own predictive distribution.
+
+    Raises:
+        ValueError: the loss is not per example, a layer's input does not have the example as its first dimension, the
+            mask does not fit a layer, or no tracked layer reaches the loss.
+        FloatingPointError: a loss is not finite; names the batch and the examples.
+        RuntimeError: a layer's input was changed in place after the layer ran.
+    """
+    state = _Capture(model, batch, sink)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(untouched(model.net))
+        for p in model.net.parameters():
+            p.requires_grad_(False)
+        for layer in model.layers.values():
+            for module in layer.modules:
+                handle = module.register_forward_hook(state.hook(layer), with_kwargs=True)
+                stack.callback(handle.remove)
+        outputs = model.net(*batch.args, **batch.kwargs)
+        targets = batch.targets if generator is None else model.draw_targets(outputs, batch.targets, generator)
+        losses = model.losses(outputs, batch, targets)
+        state.check()
+        total = losses.sum()
+        if not bool(total.isfinite()):
+            bad = (~losses.detach().isfinite()).nonzero().flatten().tolist()
+            raise FloatingPointError(f"the loss of batch {index} is not finite at examples {bad[:10]}")
+        if not total.requires_grad:
+            raise ValueError(f"no tracked layer reaches the loss; tracked: {', '.join(map(repr, model.layers))}")
+        del outputs
+        torch.autograd.grad(total, [state.root], allow_unused=True)
+        state.finish()
+    return losses.detach()
+
+
+class _Capture:
+    def __init__(self, model: InfluenceModel, batch: Batch, sink: Sink) -> None:
+        self.batch, self.sink = batch, sink
+        self.root = torch.zeros((), device=model.device, requires_grad=True)
+        self.uses: dict[Layer, list[_Use]] = {}
+        self.forward = True
+
+    def hook(self, layer: Layer) -> Callable[..., Any]:
+        def after_forward(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> Tensor | None:
+            if not self.forward or not torch.is_grad_enabled():
+                return None  # recomputed for a checkpoint, or shielded from gradients by the net itself
+            x = args[0] if args else kwargs["input"]
+            use = _Use(x.detach(), x._version)
+            tied = output if output.requires_grad else _TieToRoot.apply(output, self.root)
+            tied.register_hook(lambda delta: self.receive(layer, use, delta))
+            self.uses.setdefault(layer, []).append(use)
+            return tied
+
+        return after_forward
+
+    def check(self) -> None:
+        self.forward = False
+        N = self.batch.size
+        for layer, uses in self.uses.items():
+            for use in uses:
+                if use.a.dim() < 2 or use.a.shape[0] != N:
+                    raise ValueError(
+                        f"layer {layer.name!r} got an input of shape {tuple(use.a.shape)} in a batch of N={N} examples; "
+                        "its first dimension must be the example"
+                    )
+
+    def receive(self, layer: Layer, use: _Use, delta: Tensor) -> None:
+        if use.a._version != use.version:
+            raise RuntimeError(
+                f"the input of layer {layer.name!r} was changed in place after the layer ran, so its gradient is lost; "
+                "make that operation out of place"
+            )
+        use.delta = delta
+        uses = self.uses[layer]
+        if all(one.delta is not None for one in uses):
+            self.hand_over(layer, uses)
+
+    def hand_over(self, layer: Layer, uses: list[_Use]) -> None:
+        del self.uses[layer]
+        module = layer.modules[0]
+        a = [layer.type.activation(module, use.a) for use in uses]
+        delta = [layer.type.output_gradient(module, use.delta) for use in uses if use.delta is not None]
+        masks = [self.mask(layer, use, x) for use, x in zip(uses, a, strict=True)]
+        if len(uses) == 1:
+            self.sink(layer, a[0], delta[0], masks[0])
+            return
+        mask = None
+        if any(one is not None for one in masks):
+            whole = [x.new_ones(x.shape[:2], dtype=torch.bool) for x in a]
+            mask = torch.cat([w if m is None else m for m, w in zip(masks, whole, strict=True)], dim=1)
+        self.sink(layer, torch.cat(a, dim=1), torch.cat(delta, dim=1), mask)
+
+    def mask(self, layer: Layer, use: _Use, x: Tensor) -> Tensor | None:
+        mask = self.batch.mask
+        if mask is None or use.a.dim() == 2:
+            return None  # one position an example
+        if mask.shape[1] != x.shape[1]:
+            raise ValueError(
+                f"mask must be (N,T) with T={x.shape[1]}, the positions of layer {layer.name!r}, got {tuple(mask.shape)}"
+            )
+        return mask
+
+    def finish(self) -> None:
+        """Layers of which some uses got no gradient: the others are their positions."""
+        for layer, uses in list(self.uses.items()):
+            reached = [use for use in uses if use.delta is not None]
+            if reached:
+                self.hand_over(layer, reached)

@@ -1,0 +1,26 @@
+"""What a layer type must say about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LayerType:
+    """How one kind of module maps to the canonical tokens `a` (N,T,I), `delta` (N,T,O) and to matrices (O,I').
+
+    `activation` and `output_gradient` take (module, tensor), the tensor's first dimension being the example. `split`
+    takes a matrix (..., O, I') apart into the module's own parameters by name, and `join` puts them together.
+    """
+
+    module: type[nn.Module]
+    outputs: Callable[[nn.Module], int]
+    inputs: Callable[[nn.Module], int]
+    bias: Callable[[nn.Module], bool]
+    activation: Callable[[nn.Module, Tensor], Tensor]
+    output_gradient: Callable[[nn.Module, Tensor], Tensor]
+    split: Callable[[nn.Module, Tensor], dict[str, Tensor]]
+    join: Callable[[nn.Module, dict[str, Tensor]], Tensor]

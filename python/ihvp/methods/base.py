@@ -1,0 +1,316 @@
+"""What every IHVP object does: the contract of the family, and the generic way to each of its answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ihvp import ops
+from ihvp.batch import Batch
+from ihvp.capture import capture
+from ihvp.methods.queries import DenseQueries, LayerQueries, Queries
+from ihvp.model import InfluenceModel, Layer
+
+Vectors = dict[str, Tensor]
+"""Layer name -> (Q,O,I'): Q vectors in the space of the tracked parameters."""
+
+Damping = float | str
+
+
+class IHVP(ABC):
+    """An inverse-Hessian-vector product: (F + damping I)^-1 for one curvature F of the mean loss.
+
+    A subclass says what it sums over the data (`_fit`) and how it solves. V and the results map a layer's name to
+    (Q,O,I'): weights, then the bias as last column.
+
+    Args:
+        model: the InfluenceModel.
+        hessian_loader: the data of the curvature; the constructor fits when it is given.
+        damping: a number >= 0, or "auto": 0.1 times the mean eigenvalue, of each layer where the curvature has layers.
+    """
+
+    defaults: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self, model: InfluenceModel, hessian_loader: Iterable[Any] | None = None, damping: Damping = 1e-3
+    ) -> None:
+        if not isinstance(model, InfluenceModel):
+            raise TypeError(f"model must be an ihvp.InfluenceModel, got {type(model).__name__}")
+        check_damping(damping)
+        self.model = model
+        self.damping = damping
+        if hessian_loader is not None:
+            self.fit(hessian_loader)
+
+    # --- what a method says -----------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def is_fitted(self) -> bool:
+        """Whether `solve` can be asked."""
+
+    @abstractmethod
+    def fit(self, loader: Iterable[Any]) -> IHVP:
+        """Sum the curvature over a loader, replacing an earlier fit. A fit that fails leaves the object as it was."""
+
+    @abstractmethod
+    def _solve(self, V: Vectors, damping: Damping) -> Vectors: ...
+
+    @abstractmethod
+    def _multiply(self, V: Vectors) -> Vectors: ...
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """The fitted state as a flat dict of tensors; sums and counts as they were accumulated."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a fitted state. Raises ValueError, and changes nothing, when it is not one of this model's."""
+
+    def _config(self) -> dict[str, Any]:
+        """The constructor's arguments, for `save`."""
+        return {"damping": self.damping}
+
+    # --- what all of them answer ------------------------------------------------------------------------------
+
+    def solve(self, V: Vectors, damping: Damping | Sequence[float] | None = None) -> Vectors:
+        """(F + damping I)^-1 V.
+
+        Args:
+            V: layer name -> (Q,O,I'), of every tracked layer.
+            damping: None: the object's own. A sequence of D numbers solves for all of them and puts a dimension D in
+                front: (D,Q,O,I').
+
+        Raises:
+            RuntimeError: not fitted. ValueError: V does not fit the layers, or a damping is negative.
+            torch.linalg.LinAlgError: the damped curvature is singular.
+        """
+        self._check_fitted()
+        self._check_vectors(V)
+        if isinstance(damping, Sequence) and not isinstance(damping, str):
+            for value in damping:
+                check_damping(value)
+            return self._solve_several(V, list(damping))
+        value = self.damping if damping is None else damping
+        check_damping(value)
+        return self._solve(V, value)
+
+    def _solve_several(self, V: Vectors, dampings: list[float]) -> Vectors:
+        solutions = [self._solve(V, value) for value in dampings]
+        return {name: torch.stack([solution[name] for solution in solutions]) for name in V}
+
+    def multiply(self, V: Vectors) -> Vectors:
+        """F V, undamped. Shapes and errors as for `solve`."""
+        self._check_fitted()
+        self._check_vectors(V)
+        return self._multiply(V)
+
+    def compute_ihvp(self, loader: Iterable[Any], use_gradient: bool = True) -> Vectors:
+        """`solve` for every example of a loader: their gradients, or with use_gradient=False the loader's items, each a V."""
+        return self._over(loader, use_gradient, self.solve, "inverse-Hessian-vector products")
+
+    def compute_hvp(self, loader: Iterable[Any], use_gradient: bool = True) -> Vectors:
+        """`multiply` for every example of a loader: their gradients, or with use_gradient=False its items, each a V."""
+        return self._over(loader, use_gradient, self.multiply, "Hessian-vector products")
+
+    def _over(
+        self, loader: Iterable[Any], use_gradient: bool, f: Callable[[Vectors], Vectors], description: str
+    ) -> Vectors:
+        self._check_fitted()
+        if not use_gradient:
+            parts = [f(V) for V in loader]
+            if not parts:
+                raise ValueError("the loader yielded no vectors")
+            return concatenate(parts)
+        batches = enumerate(self.model.passes(loader, description))
+        return concatenate([f(gradients(self.model, batch, index=i)) for i, (_, batch) in batches])
+
+    def queries(self, batch: Batch, *, index: int = 0) -> Queries:
+        """The batch's gradients, preconditioned with the object's damping, ready to score training data."""
+        self._check_fitted()
+        P = self._solve(gradients(self.model, batch, index=index), self.damping)
+        return {name: DenseQueries(p) for name, p in P.items()}
+
+    def quadratic(self, batch: Batch, power: int = 1, *, index: int = 0) -> Tensor:
+        """g_n^T (F + damping I)^-power g_n for every example (N,), power 1 or 2.
+
+        Power 1 is the self-influence; power 2 is ||(F + damping I)^-1 g_n||^2, what RelatIF divides by.
+        """
+        self._check_fitted()
+        V = gradients(self.model, batch, index=index)
+        P = self._solve(V, self.damping)
+        return torch.stack([(P[name] * (V if power == 1 else P)[name]).sum((1, 2)) for name in V]).sum(0)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fitted state to a safetensors file: under a temporary name first, then moved into place."""
+        self._check_fitted()
+        target = Path(path)
+        layers = {name: layer.shape for name, layer in self.model.layers.items()}
+        metadata = {
+            "ihvp": "1",
+            "method": type(self).__name__,
+            "config": json.dumps(self._config()),
+            "layers": json.dumps(layers),
+        }
+        state = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
+        descriptor, temporary = tempfile.mkstemp(prefix=target.name, suffix=".tmp", dir=target.parent)
+        os.close(descriptor)
+        try:
+            save_file(state, temporary, metadata=metadata)
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    def _check_fitted(self) -> None:
+        if not self.is_fitted:
+            raise RuntimeError(f"{type(self).__name__} is not fitted; call fit(loader) or give the constructor data")
+
+    def _check_vectors(self, V: Vectors) -> None:
+        layers = self.model.layers
+        if not isinstance(V, Mapping) or set(V) != set(layers):
+            got = ", ".join(map(repr, V)) if isinstance(V, Mapping) else type(V).__name__
+            raise ValueError(f"V must map every tracked layer to (Q,O,I'): {', '.join(map(repr, layers))}; got {got}")
+        counts = {x.shape[0] if x.dim() == 3 else -1 for x in V.values()}
+        for name, layer in layers.items():
+            if V[name].dim() != 3 or tuple(V[name].shape[1:]) != layer.shape or len(counts) > 1:
+                O, I = layer.shape
+                raise ValueError(
+                    f"V[{name!r}] must be (Q,O,I') with O={O}, I'={I} and one Q for all layers, got {tuple(V[name].shape)}"
+                )
+
+
+class LayerwiseIHVP(IHVP):
+    """An IHVP whose curvature is block diagonal by layer, so that each layer is solved as soon as it is captured."""
+
+    def _solve(self, V: Vectors, damping: Damping) -> Vectors:
+        return {name: self._solve_layer(name, v, damping) for name, v in V.items()}
+
+    @abstractmethod
+    def _solve_layer(self, name: str, V: Tensor, damping: Damping) -> Tensor: ...
+
+    def queries(self, batch: Batch, *, index: int = 0) -> Queries:
+        self._check_fitted()
+        found: Queries = {}
+
+        def sink(layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
+            found[layer.name] = self._queries_layer(layer, a, delta, mask)
+
+        capture(self.model, batch, sink, index=index)
+        zeros = complete(self.model, dict.fromkeys(found, torch.empty(0)), batch.size)
+        return {name: found[name] if name in found else DenseQueries(zeros[name]) for name in self.model.layers}
+
+    def _queries_layer(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> LayerQueries:
+        g = ops.per_sample_gradient(a, delta, mask=mask, bias=layer.bias)
+        return DenseQueries(self._solve_layer(layer.name, g, self.damping))
+
+    def quadratic(self, batch: Batch, power: int = 1, *, index: int = 0) -> Tensor:
+        self._check_fitted()
+        total = torch.zeros(batch.size, dtype=self.model.dtype, device=self.model.device)
+
+        def sink(layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
+            total.add_(self._quadratic_layer(layer, a, delta, mask, power))
+
+        capture(self.model, batch, sink, index=index)
+        return total
+
+    @abstractmethod
+    def _quadratic_layer(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None, power: int) -> Tensor:
+        """This layer's part of g_n^T (F + damping I)^-power g_n."""
+
+
+def gradients(model: InfluenceModel, batch: Batch, *, index: int = 0) -> Vectors:
+    """Per-example gradients of a batch: layer name -> (N,O,I')."""
+    g: Vectors = {}
+
+    def sink(layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
+        g[layer.name] = ops.per_sample_gradient(a, delta, mask=mask, bias=layer.bias)
+
+    capture(model, batch, sink, index=index)
+    return complete(model, g, batch.size)
+
+
+def complete(model: InfluenceModel, V: Vectors, N: int) -> Vectors:
+    """In the order of the layers; a layer that this batch did not reach has gradient zero."""
+    zeros = {
+        name: torch.zeros(N, *layer.shape, dtype=model.dtype, device=model.device)
+        for name, layer in model.layers.items()
+        if name not in V
+    }
+    return {name: V[name] if name in V else zeros[name] for name in model.layers}
+
+
+def concatenate(parts: Sequence[Vectors]) -> Vectors:
+    """Along Q. Layer by layer, so that no more than one layer exists twice."""
+    if len(parts) == 1:
+        return parts[0]
+    return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
+
+
+def check_damping(damping: Any) -> None:
+    if damping == "auto":
+        return
+    if isinstance(damping, bool) or not isinstance(damping, (int, float)):
+        raise TypeError(f'damping must be a number or "auto", got {damping!r}')
+    if not 0 <= damping < float("inf"):
+        raise ValueError(f"damping must be finite and not negative, got {damping}")
+
+
+def resolve_damping(damping: Damping, mean_eigenvalue: float) -> float:
+    """ "auto" is 0.1 times the mean eigenvalue."""
+    return 0.1 * mean_eigenvalue if isinstance(damping, str) else float(damping)
+
+
+def check_regular(where: str, smallest: float, largest: float, damping: float) -> None:
+    """Refuse to divide by eigenvalues that are zero to rounding."""
+    lowest = smallest + damping
+    if not lowest > (0.0 if damping > 0 else torch.finfo(torch.float32).eps * max(largest, 0.0)):
+        raise torch.linalg.LinAlgError(
+            f"{where}: the curvature with damping {damping:.3g} is singular: its eigenvalues go from {lowest:.3g} to "
+            f"{largest + damping:.3g}; a larger damping helps"
+        )
+
+
+def check_finite(layer: Layer, index: int, **values: Tensor) -> None:
+    for what, x in values.items():
+        if not bool(x.isfinite().all()):
+            raise FloatingPointError(f"layer {layer.name!r}, batch {index}: {what.replace('_', ' ')} is not finite")
+
+
+def check_reached(model: InfluenceModel, reached: Iterable[str]) -> None:
+    missing = set(model.layers) - set(reached)
+    if missing:
+        raise ValueError(
+            f"no batch reached the layers {', '.join(map(repr, sorted(missing)))}: the loss does not depend on them, "
+            "or the net uses their parameters without calling them; leave them out by layers=[...]"
+        )
+
+
+def read_state(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], who: str) -> dict[str, Tensor]:
+    """Copies of the expected tensors. Raises ValueError naming the first that is missing, superfluous or misshapen."""
+    for name, shape in expected.items():
+        if name not in state:
+            raise ValueError(f"{who}: the state has no {name!r}; it is of another model or method")
+        if tuple(state[name].shape) != tuple(shape):
+            raise ValueError(
+                f"{who}: {name!r} must be {tuple(shape)}, got {tuple(state[name].shape)}; it is of another model"
+            )
+    for name in state:
+        if name not in expected:
+            raise ValueError(f"{who}: the state has an unknown {name!r}; it is of another model or method")
+    return {name: state[name].clone() for name in expected}
+
+
+def batches(model: InfluenceModel, loader: Iterable[Any], description: str) -> Iterator[tuple[int, Batch]]:
+    """One pass over a loader: (index, Batch)."""
+    for index, (_, batch) in enumerate(model.passes(loader, description)):
+        yield index, batch

@@ -1,0 +1,186 @@
+"""F = (U_G (x) U_A) diag(Lambda) (U_G (x) U_A)^T for each layer, Lambda measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ihvp import ops
+from ihvp.capture import capture
+from ihvp.methods.base import (
+    Damping,
+    LayerwiseIHVP,
+    Vectors,
+    batches,
+    check_finite,
+    check_reached,
+    check_regular,
+    read_state,
+    resolve_damping,
+)
+from ihvp.methods.eigenbasis import eigenbasis_quadratic, eigenbasis_queries
+from ihvp.methods.kronecker import (
+    CovarianceSums,
+    Eigen,
+    check_fisher,
+    eigen_state,
+    eigendecompose,
+    read_sums,
+    state_shapes,
+    sum_covariances,
+    sums_state,
+    target_generator,
+)
+from ihvp.methods.queries import LayerQueries
+from ihvp.model import InfluenceModel, Layer
+
+
+class EKFACIHVP(LayerwiseIHVP):
+    """Eigenvalue-corrected Kronecker-factored curvature. Passes over data: two, or one without `update_eigen`.
+
+    The first pass sums A and G, whose eigenvectors make the basis; the second measures the curvature's diagonal in it,
+    Lambda = mean over examples of (U_G^T g_n U_A)^2. Solving divides by Lambda + damping.
+
+    Args:
+        damping: a number >= 0, or "auto": 0.1 mean(Lambda) of the layer.
+        update_eigen: False keeps Lambda = outer(lambda_G, lambda_A), which is KFAC undivided.
+        fisher: "empirical" takes the data's own targets, "sampled" draws them from the model (seeded by `seed`).
+
+    Attributes:
+        kfac_blocks: layer name -> (A, G) in float64; evecs: -> (U_A, U_G); evals: -> Lambda (O,I').
+
+    Source: George et al. 2018 (arXiv:1806.03884), eq. 8 and 9; Grosse et al. 2023 (arXiv:2308.03296), section 3.1.
+    """
+
+    def __init__(
+        self,
+        model: InfluenceModel,
+        hessian_loader: Iterable[Any] | None = None,
+        damping: Damping = 1e-3,
+        update_eigen: bool = True,
+        fisher: str = "empirical",
+        *,
+        seed: int = 0,
+    ) -> None:
+        check_fisher(fisher)
+        self.update_eigen = update_eigen
+        self.fisher = fisher
+        self.seed = seed
+        self._sums: dict[str, CovarianceSums] = {}
+        self._eigen: dict[str, Eigen] = {}
+        self._sum_Lambda: dict[str, Tensor] = {}
+        self._Lambda: dict[str, Tensor] = {}
+        super().__init__(model, hessian_loader, damping)
+
+    def _config(self) -> dict[str, Any]:
+        return {"damping": self.damping, "update_eigen": self.update_eigen, "fisher": self.fisher, "seed": self.seed}
+
+    @property
+    def is_fitted(self) -> bool:
+        return bool(self._Lambda)
+
+    def fit(self, loader: Iterable[Any]) -> EKFACIHVP:
+        sums = sum_covariances(self.model, loader, self.fisher, self.seed)
+        eigen = eigendecompose(self.model, sums)
+        sum_Lambda = self._sum_diagonals(loader, eigen) if self.update_eigen else {}
+        self._take(sums, eigen, sum_Lambda)
+        return self
+
+    def _sum_diagonals(self, loader: Iterable[Any], eigen: dict[str, Eigen]) -> dict[str, Tensor]:
+        """The second pass: the sum over examples of (U_G^T g_n U_A)^2, in float64."""
+        model = self.model
+        sums = {
+            name: torch.zeros(layer.shape, dtype=torch.float64, device=model.device)
+            for name, layer in model.layers.items()
+        }
+        generator = target_generator(self.fisher, self.seed)
+        reached: set[str] = set()
+        for index, batch in batches(model, loader, "eigenvalues"):
+
+            def sink(layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None, index: int = index) -> None:
+                own = eigen[layer.name]
+                total = sums[layer.name]
+                ops.ekfac_diagonal_update_(total, a, delta, own.U_A, own.U_G, mask=mask, bias=layer.bias)
+                check_finite(layer, index, corrected_eigenvalues=total.sum())
+                reached.add(layer.name)
+
+            capture(model, batch, sink, index=index, generator=generator)
+        check_reached(model, reached)
+        return sums
+
+    def _take(self, sums: dict[str, CovarianceSums], eigen: dict[str, Eigen], sum_Lambda: dict[str, Tensor]) -> None:
+        dtype = self.model.dtype
+        if self.update_eigen:
+            Lambda = {name: (sum_Lambda[name] / own.examples).to(dtype) for name, own in sums.items()}
+        else:
+            Lambda = {name: torch.outer(own.values_G, own.values_A).to(dtype) for name, own in eigen.items()}
+        self._sums, self._eigen, self._sum_Lambda, self._Lambda = sums, eigen, sum_Lambda, Lambda
+
+    @property
+    def kfac_blocks(self) -> dict[str, tuple[Tensor, Tensor]]:
+        self._check_fitted()
+        return {name: (own.A, own.G) for name, own in self._sums.items()}
+
+    @property
+    def evecs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        self._check_fitted()
+        return {name: (own.U_A, own.U_G) for name, own in self._eigen.items()}
+
+    @property
+    def evals(self) -> dict[str, Tensor]:
+        self._check_fitted()
+        return dict(self._Lambda)
+
+    def _regular(self, name: str, damping: Damping) -> tuple[Eigen, Tensor, float]:
+        """The layer's basis, Lambda and damping, after the check that Lambda + damping can be divided by."""
+        Lambda = self._Lambda[name]
+        value = resolve_damping(damping, float(Lambda.mean()))
+        check_regular(f"layer {name!r}", float(Lambda.min()), float(Lambda.max()), value)
+        return self._eigen[name], Lambda, value
+
+    def _solve_layer(self, name: str, V: Tensor, damping: Damping) -> Tensor:
+        own, Lambda, value = self._regular(name, damping)
+        return ops.ekfac_solve(V, own.U_A, own.U_G, Lambda, value)
+
+    def _solve_several(self, V: Vectors, dampings: list[float]) -> Vectors:
+        """All dampings share the rotation into the eigenbasis."""
+        solutions = {}
+        for name, v in V.items():
+            for value in dampings:
+                own, Lambda, _ = self._regular(name, value)
+            solutions[name] = ops.ekfac_solve(v, own.U_A, own.U_G, Lambda, dampings)
+        return solutions
+
+    def _multiply(self, V: Vectors) -> Vectors:
+        products = {}
+        for name, v in V.items():
+            own = self._eigen[name]
+            rotated = ops.eigenbasis_rotate(v, own.U_A, own.U_G) * self._Lambda[name]
+            products[name] = ops.eigenbasis_rotate(rotated, own.U_A, own.U_G, inverse=True)
+        return products
+
+    def _queries_layer(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> LayerQueries:
+        own, Lambda, value = self._regular(layer.name, self.damping)
+        return eigenbasis_queries(layer, a, delta, mask, own.U_A, own.U_G, Lambda, value)
+
+    def _quadratic_layer(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None, power: int) -> Tensor:
+        own, Lambda, value = self._regular(layer.name, self.damping)
+        return eigenbasis_quadratic(layer, a, delta, mask, own.U_A, own.U_G, Lambda, value, power)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        self._check_fitted()
+        diagonals = {f"{name}/sum_Lambda": x for name, x in self._sum_Lambda.items()}
+        return sums_state(self._sums) | eigen_state(self._eigen) | diagonals
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        shapes = state_shapes(self.model)
+        if self.update_eigen:
+            shapes |= {f"{name}/sum_Lambda": layer.shape for name, layer in self.model.layers.items()}
+        own = read_state(state, shapes, "EKFACIHVP")
+        diagonals = {
+            name: own[f"{name}/sum_Lambda"].to(self.model.device) for name in self.model.layers if self.update_eigen
+        }
+        self._take(*read_sums(self.model, own), diagonals)

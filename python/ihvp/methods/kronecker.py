@@ -1,0 +1,171 @@
+"""What KFAC and EKFAC share: the covariance sums, their eigendecomposition, the Fisher's choice of targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ihvp import ops
+from ihvp.capture import capture
+from ihvp.methods.base import batches, check_finite, check_reached
+from ihvp.model import InfluenceModel, Layer
+
+FISHERS = ("empirical", "sampled")
+
+
+@dataclass
+class CovarianceSums:
+    """Raw sums over the data and their counts: A = sum_A / positions, G = sum_G / examples."""
+
+    sum_A: Tensor
+    sum_G: Tensor
+    positions: int = 0
+    examples: int = 0
+
+    @staticmethod
+    def zero(layer: Layer, device: torch.device) -> CovarianceSums:
+        O, I = layer.shape
+        make = {"dtype": torch.float64, "device": device}
+        return CovarianceSums(torch.zeros(I, I, **make), torch.zeros(O, O, **make))
+
+    def add(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
+        ops.covariance_update_(self.sum_A, a, mask=mask, bias=layer.bias)
+        ops.covariance_update_(self.sum_G, delta, mask=mask)
+        self.positions += a.shape[0] * a.shape[1] if mask is None else int(mask.sum())
+
+    @property
+    def A(self) -> Tensor:
+        return self.sum_A / max(self.positions, 1)
+
+    @property
+    def G(self) -> Tensor:
+        return self.sum_G / max(self.examples, 1)
+
+
+@dataclass(frozen=True)
+class Eigen:
+    """Eigenvalues ascending, not negative, in float64; eigenvectors in columns, in the model's dtype."""
+
+    values_A: Tensor
+    values_G: Tensor
+    U_A: Tensor
+    U_G: Tensor
+
+
+def check_fisher(fisher: str) -> None:
+    if fisher not in FISHERS:
+        raise ValueError(f"fisher must be one of {', '.join(FISHERS)}, got {fisher!r}")
+
+
+def target_generator(fisher: str, seed: int) -> torch.Generator | None:
+    """For fisher="sampled" a fresh generator: every pass of a fit draws the same targets."""
+    return torch.Generator().manual_seed(seed) if fisher == "sampled" else None
+
+
+def sum_covariances(model: InfluenceModel, loader: Iterable[Any], fisher: str, seed: int) -> dict[str, CovarianceSums]:
+    """One pass over the data: the sums of every layer."""
+    sums = {name: CovarianceSums.zero(layer, model.device) for name, layer in model.layers.items()}
+    generator = target_generator(fisher, seed)
+    reached: set[str] = set()
+    for index, batch in batches(model, loader, "covariances"):
+
+        def sink(layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None, index: int = index) -> None:
+            own = sums[layer.name]
+            own.add(layer, a, delta, mask)
+            check_finite(
+                layer, index, activation_second_moment=own.sum_A.diagonal(), gradient_second_moment=own.sum_G.diagonal()
+            )
+            reached.add(layer.name)
+
+        capture(model, batch, sink, index=index, generator=generator)
+        for own in sums.values():
+            own.examples += batch.size
+    check_reached(model, reached)
+    return sums
+
+
+def eigendecompose(model: InfluenceModel, sums: dict[str, CovarianceSums]) -> dict[str, Eigen]:
+    eigen = {}
+    for name, own in sums.items():
+        values_A, U_A = symmetric_eigen(own.A, f"layer {name!r}: the activation second moment A")
+        values_G, U_G = symmetric_eigen(own.G, f"layer {name!r}: the gradient second moment G")
+        eigen[name] = Eigen(values_A, values_G, U_A.to(model.dtype), U_G.to(model.dtype))
+    return eigen
+
+
+def symmetric_eigen(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (ascending, clamped at 0) and eigenvectors of a positive semidefinite matrix, in float64.
+
+    When LAPACK gives up, the matrix is tried again with a jitter of 1e-12 of its mean diagonal, then on the CPU.
+
+    Raises FloatingPointError when the matrix is not finite, torch.linalg.LinAlgError when every try failed.
+    """
+    matrix = symmetric_part(matrix, what)
+    scale = matrix.diagonal().abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    scaled = matrix / scale
+    jittered = scaled + 1e-12 * scaled.diagonal().mean() * torch.eye(
+        len(scaled), dtype=scaled.dtype, device=scaled.device
+    )
+    failure: Exception | None = None
+    for attempt in (scaled, jittered, jittered.cpu()):
+        try:
+            values, vectors = torch.linalg.eigh(attempt)
+        except torch.linalg.LinAlgError as error:
+            failure = error
+            continue
+        return (values.clamp_min(0) * scale.to(values.device)).to(matrix.device), vectors.to(matrix.device)
+    raise torch.linalg.LinAlgError(f"{what} {tuple(matrix.shape)} could not be diagonalised: {failure}")
+
+
+def symmetric_part(matrix: Tensor, what: str) -> Tensor:
+    """(M + M^T) / 2 in float64. Raises FloatingPointError when M is not finite."""
+    matrix = matrix.double()
+    if not bool(matrix.isfinite().all()):
+        raise FloatingPointError(f"{what} is not finite")
+    return (matrix + matrix.T) / 2
+
+
+def sums_state(sums: dict[str, CovarianceSums]) -> dict[str, Tensor]:
+    state = {}
+    for name, own in sums.items():
+        state[f"{name}/sum_A"], state[f"{name}/sum_G"] = own.sum_A, own.sum_G
+        state[f"{name}/counts"] = torch.tensor([own.positions, own.examples])
+    return state
+
+
+def eigen_state(eigen: dict[str, Eigen]) -> dict[str, Tensor]:
+    keys = ("values_A", "values_G", "U_A", "U_G")
+    return {f"{name}/{key}": getattr(own, key) for name, own in eigen.items() for key in keys}
+
+
+def state_shapes(model: InfluenceModel) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layer in model.layers.items():
+        O, I = layer.shape
+        shapes |= {
+            f"{name}/sum_A": (I, I),
+            f"{name}/sum_G": (O, O),
+            f"{name}/counts": (2,),
+            f"{name}/values_A": (I,),
+            f"{name}/values_G": (O,),
+            f"{name}/U_A": (I, I),
+            f"{name}/U_G": (O, O),
+        }
+    return shapes
+
+
+def read_sums(model: InfluenceModel, state: dict[str, Tensor]) -> tuple[dict[str, CovarianceSums], dict[str, Eigen]]:
+    sums, eigen = {}, {}
+    for name in model.layers:
+        own = {
+            key: state[f"{name}/{key}"].to(model.device)
+            for key in ("sum_A", "sum_G", "values_A", "values_G", "U_A", "U_G")
+        }
+        positions, examples = state[f"{name}/counts"].tolist()
+        sums[name] = CovarianceSums(own["sum_A"], own["sum_G"], positions, examples)
+        eigen[name] = Eigen(own["values_A"], own["values_G"], own["U_A"], own["U_G"])
+    return sums, eigen

@@ -1,0 +1,268 @@
+"""The user's model with what influence needs to know of it: the loss, the tracked layers, the batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ihvp.batch import Batch, as_batch
+from ihvp.layers import LAYER_TYPES, LayerType
+
+LossFn = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A tracked layer. `modules` are the modules that share its parameters, most often one."""
+
+    name: str
+    modules: tuple[nn.Module, ...]
+    type: LayerType
+    outputs: int
+    inputs: int  # without the bias feature
+    bias: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I')."""
+        return self.outputs, self.inputs + self.bias
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The layer's parameters by their names in the net."""
+        return {
+            f"{self.name}.{key}" if self.name else key: p for key, p in self.modules[0].named_parameters(recurse=False)
+        }
+
+    def split(self, matrix: Tensor) -> dict[str, Tensor]:
+        """(..., O, I') as parameters by their names in the net."""
+        return {
+            f"{self.name}.{key}" if self.name else key: value
+            for key, value in self.type.split(self.modules[0], matrix).items()
+        }
+
+    def matrix(self) -> Tensor:
+        """The layer's parameters as one (O,I') matrix, detached."""
+        own = {key: p.detach() for key, p in self.modules[0].named_parameters(recurse=False)}
+        return self.type.join(self.modules[0], own)
+
+
+class InfluenceModel:
+    """A torch model, its loss and the layers whose influence is asked for.
+
+    Args:
+        net: any torch module. It is never changed: no hook, mode, buffer, `requires_grad` or `.grad` stays behind.
+        loss_fn: (outputs, targets) -> one loss per example (N,) or per position (N,T). Any callable; not reduced.
+        layers: names or shell patterns of names ("blocks.*.mlp"), module types (torch.nn.Linear), or both. None: every
+            module with parameters of its own, and each of them must be of a supported type.
+        start_layer, last_layer: a part of those layers, both ends included, each by name or by position (negative from
+            the end). None: from the first, to the last.
+        process_batch: turns what a loader yields into (inputs, targets) or an `ihvp.Batch`. None: it yields that already.
+        sample_targets: (outputs, targets, generator) -> targets drawn from the model's own predictive distribution,
+            for `fisher="sampled"`. None: softmax of the logits where the targets are integers.
+        progress: a progress bar on passes over data; None: only on a terminal.
+
+    Attributes:
+        layers: tracked layers by name, in the order of the net; `nb_params` counts their parameters and `weights` has
+            them by name.
+
+    Raises:
+        ValueError: a name, pattern or position that does not exist, or nothing left to track.
+        TypeError: a module of an unsupported type, named, with the ways out.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss_fn: LossFn,
+        layers: Sequence[str | type[nn.Module]] | None = None,
+        start_layer: str | int | None = None,
+        last_layer: str | int | None = None,
+        process_batch: Callable[[Any], Any] | None = None,
+        *,
+        sample_targets: Callable[[Any, Any, torch.Generator], Any] | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
+        self.net = net
+        self.loss_fn = loss_fn
+        self.process_batch = process_batch
+        self.sample_targets = sample_targets
+        self.progress = progress
+        self.layers = _between(_tracked(net, layers), start_layer, last_layer)
+
+    @property
+    def nb_params(self) -> int:
+        return sum(outputs * inputs for outputs, inputs in (layer.shape for layer in self.layers.values()))
+
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        return {name: p for layer in self.layers.values() for name, p in layer.parameters().items()}
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.weights.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of factors and scores: float64 for a float64 model, float32 otherwise."""
+        wide = any(p.dtype == torch.float64 for p in self.weights.values())
+        return torch.float64 if wide else torch.float32
+
+    def batch(self, raw: Any) -> Batch:
+        """What a loader yields, as a Batch on the model's device."""
+        return as_batch(self.process_batch(raw) if self.process_batch else raw).to(self.device)
+
+    def passes(self, loader: Iterable[Any], description: str) -> Iterator[tuple[Any, Batch]]:
+        """One pass over a loader: (what it yields, the Batch of it). Raises ValueError when it yields nothing."""
+        seen = False
+        total = len(loader) if hasattr(loader, "__len__") else None
+        disable = None if self.progress is None else not self.progress
+        for raw in tqdm(loader, desc=description, total=total, disable=disable, leave=False):
+            seen = True
+            yield raw, self.batch(raw)
+        if not seen:
+            raise ValueError(
+                f"the loader yielded no batch ({description}); it must hold data, and be an object that can be "
+                "iterated again, such as a DataLoader or a list, when a method makes several passes"
+            )
+
+    def losses(self, outputs: Any, batch: Batch, targets: Any) -> Tensor:
+        """Losses per example (N,): weighted, masked, summed over positions."""
+        N = batch.size
+        losses = self.loss_fn(outputs, targets)
+        if not isinstance(losses, Tensor):
+            raise TypeError(f"loss_fn must return a tensor, got {type(losses).__name__}")
+        if losses.dim() not in (1, 2) or losses.shape[0] != N:
+            came = "a scalar" if losses.dim() == 0 else str(tuple(losses.shape))
+            raise ValueError(
+                f"loss_fn must return one loss per example (N,) or per position (N,T) with N={N}, got {came}; "
+                'torch losses take reduction="none"'
+            )
+        losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
+        if losses.dim() == 2:
+            if batch.mask is not None:
+                if batch.mask.shape != losses.shape:
+                    raise ValueError(
+                        f"mask must be (N,T) = {tuple(losses.shape)} as the loss, got {tuple(batch.mask.shape)}"
+                    )
+                losses = torch.where(batch.mask, losses, losses.new_zeros(()))
+            losses = losses.sum(1)
+        return losses if batch.weights is None else losses * batch.weights
+
+    def draw_targets(self, outputs: Any, targets: Any, generator: torch.Generator) -> Any:
+        """Targets from the model's own predictive distribution."""
+        if self.sample_targets is not None:
+            return self.sample_targets(outputs, targets, generator)
+        return draw_classes(outputs, targets, generator)
+
+
+def draw_classes(outputs: Any, targets: Any, generator: torch.Generator) -> Tensor:
+    """Class targets from the softmax of logits (*, C), or (N, C, *) as torch's cross_entropy has them.
+
+    Negative targets mark positions that the loss ignores; they stay. One uniform number is drawn per position, in
+    order, so that the draw does not depend on the batch size.
+    """
+    logits = getattr(outputs, "logits", outputs)
+    known = isinstance(logits, Tensor) and isinstance(targets, Tensor) and not targets.is_floating_point()
+    last = known and logits.dim() == targets.dim() + 1 and logits.shape[:-1] == targets.shape
+    second = (
+        known
+        and targets.dim() > 1
+        and logits.dim() == targets.dim() + 1
+        and logits.movedim(1, -1).shape[:-1] == targets.shape
+    )
+    if last == second:
+        shapes = f"outputs {tuple(logits.shape)}, targets {tuple(targets.shape)}" if known else type(outputs).__name__
+        raise ValueError(
+            'fisher="sampled" knows integer targets with logits (N,C), (N,T,C) or (N,C,T), where C is not T, '
+            f"got {shapes}; give InfluenceModel a sample_targets"
+        )
+    if second:
+        logits = logits.movedim(1, -1)
+    cumulative = logits.detach().double().softmax(-1).cumsum(-1)
+    uniform = torch.rand(targets.shape, generator=generator, dtype=torch.float64).to(targets.device)
+    drawn = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * cumulative[..., -1:]).squeeze(-1)
+    return torch.where(targets < 0, targets, drawn.clamp_max(logits.shape[-1] - 1).to(targets.dtype))
+
+
+def _tracked(net: nn.Module, wanted: Sequence[str | type[nn.Module]] | None) -> dict[str, Layer]:
+    """The wanted modules as layers; modules that share all their parameters are one layer."""
+    weighted = {
+        name: module for name, module in net.named_modules() if next(module.parameters(recurse=False), None) is not None
+    }
+    if wanted is None:
+        chosen = weighted
+    else:
+        chosen = {}
+        for entry in wanted:
+            if isinstance(entry, type):
+                found = {name: module for name, module in weighted.items() if isinstance(module, entry)}
+                what = f"type {entry.__name__}"
+            else:
+                found = {name: module for name, module in weighted.items() if fnmatchcase(name, entry)}
+                what = f"name or pattern {entry!r}"
+            if not found:
+                raise ValueError(f"layers: no module of {what}; the net has {', '.join(map(repr, weighted)) or 'none'}")
+            chosen.update(found)
+        chosen = {name: module for name, module in weighted.items() if name in chosen}
+    unsupported = [
+        f"{name!r} ({type(module).__name__})" for name, module in chosen.items() if type(module) not in LAYER_TYPES
+    ]
+    if unsupported:
+        supported = [name for name, module in weighted.items() if type(module) in LAYER_TYPES]
+        raise TypeError(
+            f"unsupported layers: {', '.join(unsupported)}. Supported types: "
+            f"{', '.join(module.__name__ for module in LAYER_TYPES)}. Leave them out by layers=[...], for example "
+            f"layers={supported!r} or layers=[torch.nn.Linear], or add a file to ihvp/layers"
+        )
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, module in chosen.items():
+        groups.setdefault(tuple(id(p) for p in module.parameters(recurse=False)), []).append(name)
+    owners: dict[int, str] = {}
+    for name, module in weighted.items():
+        for p in module.parameters(recurse=False):
+            first = owners.setdefault(id(p), name)
+            same = any(first in names and name in names for names in groups.values())
+            if first != name and not same and (first in chosen or name in chosen):
+                raise TypeError(
+                    f"layers {first!r} and {name!r} share a parameter but not as layers of one kind; "
+                    "leave them out by layers=[...]"
+                )
+    layers = {}
+    for names in groups.values():
+        module = chosen[names[0]]
+        kind = LAYER_TYPES[type(module)]
+        modules = tuple(chosen[name] for name in names)
+        layers[names[0]] = Layer(names[0], modules, kind, kind.outputs(module), kind.inputs(module), kind.bias(module))
+    return layers
+
+
+def _between(layers: dict[str, Layer], start: str | int | None, last: str | int | None) -> dict[str, Layer]:
+    names = list(layers)
+    if not names:
+        raise ValueError("layers: the net has no module with parameters to track")
+
+    def position(which: str, value: str | int | None, default: int) -> int:
+        if value is None:
+            return default
+        if isinstance(value, str):
+            if value not in layers:
+                raise ValueError(f"{which} {value!r} is not a tracked layer; they are {', '.join(map(repr, names))}")
+            return names.index(value)
+        if not -len(names) <= value < len(names):
+            raise ValueError(f"{which} {value} is out of range for {len(names)} tracked layers")
+        return value % len(names)
+
+    first, end = position("start_layer", start, 0), position("last_layer", last, len(names) - 1)
+    if first > end:
+        raise ValueError(f"start_layer {names[first]!r} comes after last_layer {names[end]!r}")
+    return {name: layers[name] for name in names[first : end + 1]}

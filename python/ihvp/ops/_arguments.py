@@ -1,0 +1,127 @@
+"""Checks of an op's arguments, and what all references share: tokens as (N,T,features) with mask and bias applied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def shape_of(x: Tensor) -> str:
+    return str(tuple(x.shape))
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 when any operand is, float32 otherwise: sums are never narrower than float32."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def check_tensors(**tensors: Tensor | None) -> None:
+    """Every argument that is given is a dense floating point tensor with data, all on one device, outside autograd."""
+    device: torch.device | None = None
+    first = ""
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+        if x.device.type == "meta":
+            raise ValueError(f"{name} is a meta tensor: it has a shape but no data")
+        if x.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"{name} must be on a CPU or CUDA device, got {x.device}")
+        if x.dtype not in FLOATING:
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{name} requires grad, but ihvp's ops are not differentiable; pass {name}.detach()")
+        if device is None:
+            device, first = x.device, name
+        elif x.device != device:
+            raise ValueError(f"{name} must be on the device of {first}, {device}, got {x.device}")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def check_accumulator(name: str, x: Tensor, *operands: Tensor | None) -> None:
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float32 or float64, got {x.dtype}")
+    if x.dtype != torch.float64 and compute_dtype(*operands) == torch.float64:
+        raise TypeError(f"{name} must be float64 for float64 operands, got {x.dtype}")
+
+
+def check_shape(name: str, x: Tensor | None, letters: str, shape: Sequence[int]) -> None:
+    """`letters` is how the documentation writes the shape, for the error message."""
+    if x is not None and tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} must be {letters} = {tuple(shape)}, got {shape_of(x)}")
+
+
+def check_mask(name: str, mask: Tensor | None, x: Tensor) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool, True at real positions, got {mask.dtype}")
+    if mask.layout != torch.strided or mask.device != x.device:
+        raise ValueError(f"{name} must be a dense tensor on {x.device}, got {mask.layout} on {mask.device}")
+    expected = tuple(x.shape[:-1])
+    if tuple(mask.shape) != expected:
+        raise ValueError(f"{name} must be (N,T) = {expected}, got {shape_of(mask)}")
+
+
+def as_tokens(name: str, x: Tensor) -> Tensor:
+    """(N,T,features); two dimensions mean T = 1."""
+    if x.dim() == 2:
+        return x.unsqueeze(1)
+    if x.dim() != 3:
+        raise ValueError(f"{name} must be (N,T,features) or (N,features), got {shape_of(x)}")
+    return x
+
+
+def as_token_mask(mask: Tensor | None) -> Tensor | None:
+    return mask.unsqueeze(1) if mask is not None and mask.dim() == 1 else mask
+
+
+def check_pair(
+    a: Tensor, delta: Tensor, mask: Tensor | None, *, suffix: str = ""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`a` (N,T,I), `delta` (N,T,O) and `mask` (N,T) of the same positions, as three-dimensional views."""
+    tokens_a = as_tokens("a" + suffix, a)
+    if delta.dim() != a.dim() or delta.shape[:-1] != a.shape[:-1]:
+        N, T, _ = tokens_a.shape
+        raise ValueError(
+            f"delta{suffix} must be (N,T,O) with N={N}, T={T} as in a{suffix} {shape_of(a)}, got {shape_of(delta)}"
+        )
+    check_mask("mask" + suffix, mask, a)
+    return tokens_a, as_tokens("delta" + suffix, delta), as_token_mask(mask)
+
+
+def features(a: Tensor, bias: bool) -> int:
+    """I': the inputs and the implicit bias feature."""
+    return int(a.shape[-1]) + bias
+
+
+def read_tokens(x: Tensor, mask: Tensor | None, bias: bool, dtype: torch.dtype) -> Tensor:
+    """Tokens in `dtype` with the bias feature appended; masked positions are zero whatever they held."""
+    x = x.to(dtype)
+    if bias:
+        x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
+    if mask is not None:
+        x = torch.where(mask.unsqueeze(-1), x, x.new_zeros(()))
+    return x

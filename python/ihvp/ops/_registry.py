@@ -1,0 +1,164 @@
+"""What an op is made of, and the choice among its implementations and contraction orders."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = ("reference", "native", "triton", "cuda")
+DEVICES = {"reference": ("cpu", "cuda"), "native": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
+
+_library = torch.library.Library("ihvp", "DEF")
+_ops: dict[str, Op] = {}
+_forced: list[str] = []
+_explaining: list[list[Explanation]] = []
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A contraction order with its cost: floating point operations, bytes moved, and workspace in bytes."""
+
+    order: str
+    flops: float
+    bytes: float
+    workspace: float = 0.0
+
+    def seconds(self, wide: bool, threads: int) -> float:
+        """max(flops / peak, bytes / bandwidth) on a typical core: 100 GFLOP/s in float32, 8 GB/s."""
+        peak = (50e9 if wide else 100e9) * threads
+        return max(self.flops / peak, self.bytes / (8e9 * threads))
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which implementation and order of an op would run for given arguments, and what the others would cost."""
+
+    op: str
+    implementation: str
+    reason: str
+    order: str | None
+    candidates: tuple[Candidate, ...] = ()
+    seconds: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.implementation} ({self.reason})"]
+        for candidate, seconds in zip(self.candidates, self.seconds, strict=True):
+            mark = "->" if candidate.order == self.order else "  "
+            lines.append(
+                f"{mark} {candidate.order:<16}{candidate.flops / 1e9:12.3f} GFLOP {candidate.bytes / 1e6:12.2f} MB"
+                f" {candidate.workspace / 1e6:10.2f} MB workspace {seconds * 1e3:10.3f} ms"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op: its torch schema, its implementations by name, its trace (`fake`) and its cost model.
+
+    All take the same positional arguments, those of the schema. `candidates` lists the contraction orders that the
+    native implementation knows; an op with a single order needs none.
+    """
+
+    name: str
+    schema: str
+    implementations: dict[str, Callable[..., Any]]
+    fake: Callable[..., Any]
+    candidates: Callable[..., Sequence[Candidate]] | None = None
+    _overload: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _library.define(self.name + self.schema)
+        for key in ("CPU", "CUDA"):
+            _library.impl(self.name, self._run, key)
+        torch.library.register_fake(f"ihvp::{self.name}", self.fake, lib=_library)
+        self._overload.append(getattr(torch.ops.ihvp, self.name).default)
+        _ops[self.name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        if _explaining:
+            _explaining[-1].append(self._explain(*args))
+            return None
+        return self._overload[0](*args)
+
+    def _run(self, *args: Any) -> Any:
+        name, _ = self._choose(args)
+        return self.implementations[name](*args)
+
+    def _choose(self, args: tuple[Any, ...]) -> tuple[str, str]:
+        device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
+        present = [name for name in self.implementations if device in DEVICES[name]]
+        if _forced:
+            if _forced[-1] not in present:
+                raise RuntimeError(
+                    f'{self.name} has no "{_forced[-1]}" implementation for {device} tensors; it has '
+                    + ", ".join(f'"{name}"' for name in present)
+                )
+            return _forced[-1], "forced by ihvp.use"
+        name = "native" if "native" in present else "reference"
+        return name, f"of {', '.join(present)} on {device}"
+
+    def best(self, *args: Any) -> str:
+        """The order with the least predicted time; the first of equals."""
+        assert self.candidates is not None
+        candidates, seconds = self._costs(*args)
+        return candidates[min(range(len(candidates)), key=seconds.__getitem__)].order
+
+    def _costs(self, *args: Any) -> tuple[tuple[Candidate, ...], tuple[float, ...]]:
+        candidates = tuple(self.candidates(*args)) if self.candidates else ()
+        wide = any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args)
+        threads = torch.get_num_threads()
+        return candidates, tuple(candidate.seconds(wide, threads) for candidate in candidates)
+
+    def _explain(self, *args: Any) -> Explanation:
+        implementation, reason = self._choose(args)
+        if implementation != "native" or self.candidates is None:
+            return Explanation(self.name, implementation, reason, None)
+        candidates, seconds = self._costs(*args)
+        return Explanation(self.name, implementation, reason, self.best(*args), candidates, seconds)
+
+
+@contextlib.contextmanager
+def use(implementation: str) -> Iterator[None]:
+    """Within this context every op runs by this implementation: "reference", "native", "triton" or "cuda".
+
+    It holds for the whole process, other threads included. An op that lacks the implementation for the device of its
+    arguments raises RuntimeError when it is called.
+
+    Raises ValueError for an unknown name.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+    _forced.append(implementation)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Which implementation and contraction order `op(*args, **kwargs)` would run, and why. Nothing is computed.
+
+    `op` is a function of `ihvp.ops`; `print` the result for a table of the candidates with their floating point
+    operations, bytes and predicted times.
+
+    Raises TypeError when `op` is not an op of ihvp, and whatever the op itself raises for wrong arguments.
+    """
+    _explaining.append([])
+    try:
+        op(*args, **kwargs)
+        explanations = _explaining[-1]
+    finally:
+        _explaining.pop()
+    if not explanations:
+        raise TypeError(f"op must be a function of ihvp.ops, got {op!r}")
+    return explanations[0]
+
+
+def implementations() -> dict[str, tuple[str, ...]]:
+    """The implementations present, by op."""
+    return {name: tuple(op.implementations) for name, op in sorted(_ops.items())}

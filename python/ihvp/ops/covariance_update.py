@@ -1,0 +1,68 @@
+"""C += sum over positions x x^T."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ihvp import _native
+from ihvp.ops._arguments import (
+    as_token_mask,
+    as_tokens,
+    check_accumulator,
+    check_flag,
+    check_mask,
+    check_shape,
+    check_tensors,
+    features,
+    read_tokens,
+)
+from ihvp.ops._registry import Op
+
+
+def covariance_update_(C: Tensor, x: Tensor, *, mask: Tensor | None = None, bias: bool = False) -> Tensor:
+    """Add the second moment of tokens to a running sum, in place: C += sum_{n,t} mask[n,t] x[n,t] x[n,t]^T.
+
+    With `bias`, x carries an implicit last feature 1. A masked position contributes nothing, whatever it holds.
+
+    Args:
+        C: (I',I') float32 or float64; float64 if x is. Symmetric sums stay symmetric.
+        x: (N,T,I) or (N,I), float32, float64, bfloat16 or float16, any strides.
+        mask: (N,T) bool, True at real positions; None: all are.
+        bias: append the implicit 1, I' = I + 1.
+
+    Returns:
+        C. Products are float32 (float64 for float64 x), summed in float32 over at most 2,048 positions and then added
+        to C in its own type. The order of the sums is fixed: the same bits for any number of threads.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape or device, named with what was expected.
+
+    Source: Martens and Grosse 2015 (arXiv:1503.05671), eq. 10, the factors A and G before division by their counts.
+    """
+    check_tensors(C=C, x=x)
+    check_flag("bias", bias)
+    tokens = as_tokens("x", x)
+    check_mask("mask", mask, x)
+    d = features(x, bias)
+    check_shape("C", C, "(I',I')", (d, d))
+    check_accumulator("C", C, x)
+    _op(C, tokens, as_token_mask(mask), bias)
+    return C
+
+
+def reference(C: Tensor, x: Tensor, mask: Tensor | None, bias: bool) -> None:
+    rows = read_tokens(x, mask, bias, C.dtype).flatten(0, 1)
+    C += rows.T @ rows
+
+
+def native(C: Tensor, x: Tensor, mask: Tensor | None, bias: bool) -> None:
+    _native.covariance_update(C, x, mask, bias, torch.get_num_threads())
+
+
+_op = Op(
+    "covariance_update_",
+    "(Tensor(a!) C, Tensor x, Tensor? mask, bool bias) -> ()",
+    {"reference": reference, "native": native},
+    fake=lambda C, x, mask, bias: None,
+)

@@ -1,0 +1,112 @@
+"""Lambda += sum_n (U_G^T g_n U_A)^2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ihvp import _native
+from ihvp.ops._arguments import (
+    check_accumulator,
+    check_flag,
+    check_pair,
+    check_shape,
+    check_tensors,
+    features,
+    read_tokens,
+)
+from ihvp.ops._registry import Candidate, Op
+
+
+def ekfac_diagonal_update_(
+    Lambda: Tensor,
+    a: Tensor,
+    delta: Tensor,
+    U_A: Tensor | None,
+    U_G: Tensor | None,
+    *,
+    mask: Tensor | None = None,
+    bias: bool = False,
+) -> Tensor:
+    """Add the eigenvalue-corrected diagonal of a batch to a running sum, in place.
+
+    Lambda += sum_n (U_G^T g_n U_A)^2 elementwise, with g_n = sum_t delta[n,t] a[n,t]^T. The square is taken per
+    example, after the sum over positions. No (N,O,I') tensor exists; the extra memory does not grow with N.
+
+    Args:
+        Lambda: (O,I') float32 or float64; float64 if an operand is.
+        a: (N,T,I) or (N,I) layer inputs; delta: (N,T,O) or (N,O) gradients at the layer's output. float32, float64,
+            bfloat16 or float16, any strides.
+        U_A, U_G: (I',I') and (O,O) eigenvectors in columns. None for both: the standard basis, which makes this
+            the diagonal of the Fisher matrix itself.
+        mask: (N,T) bool, True at real positions; None: all are.
+        bias: a carries an implicit last feature 1, I' = I + 1.
+
+    Returns:
+        Lambda. Products and a batch's sums are float32 (float64 for float64 operands), summed over at most 1,024
+        positions before they are added to Lambda in its own type. The same bits for any number of threads.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape or device, named with what was expected.
+
+    Source: George et al. 2018 (arXiv:1806.03884), eq. 9: s_i* = E[(U_A (x) U_G)^T grad]_i^2.
+    """
+    check_tensors(Lambda=Lambda, a=a, delta=delta, U_A=U_A, U_G=U_G)
+    check_flag("bias", bias)
+    tokens_a, tokens_delta, mask = check_pair(a, delta, mask)
+    I, O = features(a, bias), delta.shape[-1]
+    check_shape("Lambda", Lambda, "(O,I')", (O, I))
+    check_shape("U_A", U_A, "(I',I')", (I, I))
+    check_shape("U_G", U_G, "(O,O)", (O, O))
+    if (U_A is None) != (U_G is None):
+        raise ValueError("U_A and U_G must both be given or both be None")
+    check_accumulator("Lambda", Lambda, a, delta, U_A, U_G)
+    _op(Lambda, tokens_a, tokens_delta, U_A, U_G, mask, bias)
+    return Lambda
+
+
+def reference(
+    Lambda: Tensor, a: Tensor, delta: Tensor, U_A: Tensor | None, U_G: Tensor | None, mask: Tensor | None, bias: bool
+) -> None:
+    x, d = read_tokens(a, mask, bias, Lambda.dtype), read_tokens(delta, mask, False, Lambda.dtype)
+    if U_A is not None and U_G is not None:
+        x, d = x @ U_A.to(x.dtype), d @ U_G.to(d.dtype)
+    for n in range(x.shape[0]):
+        Lambda += (d[n].T @ x[n]).square()
+
+
+def candidates(
+    Lambda: Tensor, a: Tensor, delta: Tensor, U_A: Tensor | None, U_G: Tensor | None, mask: Tensor | None, bias: bool
+) -> Sequence[Candidate]:
+    N, T, _ = a.shape
+    O, I = Lambda.shape
+    item = 8 if a.dtype == torch.float64 else 4
+    p, M = O * I, N * T
+    chunk = max(T, min(M, 1024))
+    basis = O * O + I * I if U_A is not None else 0
+    read = item * (M * (O + I) + p)
+    project = Candidate("project_first", 2 * M * (basis + p), read + item * basis, item * (chunk * (O + I) + basis))
+    if U_A is None or T == 1:
+        return [project]
+    gradient = Candidate(
+        "gradient_first", 2 * M * p + 2 * N * p * (O + I), read + 4 * item * N * p, item * (2 * p + basis)
+    )
+    return [project, gradient]
+
+
+def native(
+    Lambda: Tensor, a: Tensor, delta: Tensor, U_A: Tensor | None, U_G: Tensor | None, mask: Tensor | None, bias: bool
+) -> None:
+    order = _op.best(Lambda, a, delta, U_A, U_G, mask, bias)
+    _native.ekfac_diagonal_update(Lambda, a, delta, U_A, U_G, mask, bias, order, torch.get_num_threads())
+
+
+_op = Op(
+    "ekfac_diagonal_update_",
+    "(Tensor(a!) Lambda, Tensor a, Tensor delta, Tensor? U_A, Tensor? U_G, Tensor? mask, bool bias) -> ()",
+    {"reference": reference, "native": native},
+    fake=lambda Lambda, a, delta, U_A, U_G, mask, bias: None,
+    candidates=candidates,
+)

@@ -1,0 +1,115 @@
+"""S[q,n] = <P_q, g_n>."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ihvp import _native
+from ihvp.ops._arguments import (
+    check_flag,
+    check_pair,
+    check_shape,
+    check_tensors,
+    compute_dtype,
+    features,
+    read_tokens,
+    shape_of,
+)
+from ihvp.ops._registry import Candidate, Op
+
+
+def gradient_dot(
+    P: Tensor,
+    a: Tensor,
+    delta: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: bool = False,
+    per_token: bool = False,
+) -> Tensor:
+    """Dot products of queries with per-example gradients that are never formed whole.
+
+    S[q,n] = <P_q, g_n> = sum_t delta[n,t]^T P_q a[n,t]; with `per_token` the terms S[q,n,t] themselves.
+
+    Args:
+        P: (Q,O,I') queries, usually preconditioned.
+        a: (N,T,I) or (N,I) layer inputs; delta: (N,T,O) or (N,O) gradients at the layer's output. All float32,
+            float64, bfloat16 or float16, any strides.
+        mask: (N,T) bool, True at real positions; None: all are.
+        bias: a carries an implicit last feature 1, I' = I + 1.
+        per_token: keep the positions apart.
+
+    Returns:
+        (Q,N), or (Q,N,T) with `per_token`; float64 if an operand is, float32 otherwise. The same bits for any number
+        of threads.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape or device, named with what was expected.
+
+    Source: Grosse et al. 2023 (arXiv:2308.03296), eq. 5 and section 3.2.
+    """
+    check_tensors(P=P, a=a, delta=delta)
+    check_flag("bias", bias)
+    check_flag("per_token", per_token)
+    tokens_a, tokens_delta, mask = check_pair(a, delta, mask)
+    if P.dim() != 3:
+        raise ValueError(f"P must be (Q,O,I'), got {shape_of(P)}")
+    check_shape("P", P, "(Q,O,I')", (P.shape[0], delta.shape[-1], features(a, bias)))
+    result: Tensor = _op(P, tokens_a, tokens_delta, mask, bias, per_token)
+    return result
+
+
+def reference(P: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool, per_token: bool) -> Tensor:
+    dtype = compute_dtype(P, a, delta)
+    x, d = read_tokens(a, mask, bias, dtype), read_tokens(delta, mask, False, dtype)
+    if per_token:
+        return torch.stack([((d @ p) * x).sum(-1) for p in P.to(dtype)]) if len(P) else x.new_empty(0, *x.shape[:2])
+    return P.to(dtype).flatten(1) @ (d.mT @ x).flatten(1).T
+
+
+def fake(P: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool, per_token: bool) -> Tensor:
+    shape = (P.shape[0], *a.shape[:2]) if per_token else (P.shape[0], a.shape[0])
+    return P.new_empty(shape, dtype=compute_dtype(P, a, delta))
+
+
+def candidates(
+    P: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool, per_token: bool
+) -> Sequence[Candidate]:
+    N, T, _ = a.shape
+    Q, O, I = P.shape
+    item = 8 if compute_dtype(P, a, delta) == torch.float64 else 4
+    p, M = O * I, N * T
+    chunk = max(T, min(M, 2048))
+    tokens = item * M * (O + I)
+    query = Candidate(
+        "query_first", 2 * Q * M * p, item * Q * p * max(1, M // chunk) + tokens, item * chunk * (O + I + Q)
+    )
+    if per_token or T == 1:
+        return [query]
+    passes = max(1, N // max(1, min(64, chunk // T)))
+    # A block of g is stored and read back once: the dots run at about half the rate of a plain product.
+    gradient = Candidate(
+        "gradient_first", 2 * M * p + 4 * Q * N * p, item * Q * p * passes + tokens, item * chunk * (O + I)
+    )
+    return [query, gradient]
+
+
+def native(P: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool, per_token: bool) -> Tensor:
+    out = fake(P, a, delta, mask, bias, per_token)
+    if a.shape[1] * P.shape[1] * P.shape[2] == 0:
+        return out.zero_()
+    order = _op.best(P, a, delta, mask, bias, per_token)
+    _native.gradient_dot(out, P, a, delta, mask, bias, per_token, order, torch.get_num_threads())
+    return out
+
+
+_op = Op(
+    "gradient_dot",
+    "(Tensor P, Tensor a, Tensor delta, Tensor? mask, bool bias, bool per_token) -> Tensor",
+    {"reference": reference, "native": native},
+    fake=fake,
+    candidates=candidates,
+)
