@@ -66,7 +66,7 @@ def as_batch(raw: Any) -> Batch:
     if not isinstance(raw, (tuple, list)) or len(raw) != 2:
         what = f"{type(raw).__name__} of length {len(raw)}" if isinstance(raw, (tuple, list)) else type(raw).__name__
         raise TypeError(
-            f"a batch must be a pair (inputs, targets) or an ihvp.Batch, got {what}; process_batch can turn one into the other"
+            f"a batch must be a pair (inputs, targets) or an ihvp.Batch, got {what}; process_batch can make it one"
         )
     inputs, targets = raw
     if isinstance(inputs, Mapping):

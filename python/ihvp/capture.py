@@ -58,8 +58,8 @@ def untouched(net: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for p, value in required:
-            p.requires_grad_(value)
+        for p, flag in required:
+            p.requires_grad_(flag)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
@@ -121,7 +121,7 @@ class _Capture:
                 return None  # recomputed for a checkpoint, or shielded from gradients by the net itself
             x = args[0] if args else kwargs["input"]
             use = _Use(x.detach(), x._version)
-            tied = output if output.requires_grad else _TieToRoot.apply(output, self.root)
+            tied: Tensor = output if output.requires_grad else _TieToRoot.apply(output, self.root)
             tied.register_hook(lambda delta: self.receive(layer, use, delta))
             self.uses.setdefault(layer, []).append(use)
             return tied
@@ -135,7 +135,7 @@ class _Capture:
             for use in uses:
                 if use.a.dim() < 2 or use.a.shape[0] != N:
                     raise ValueError(
-                        f"layer {layer.name!r} got an input of shape {tuple(use.a.shape)} in a batch of N={N} examples; "
+                        f"layer {layer.name!r} got an input of shape {tuple(use.a.shape)} for N={N} examples; "
                         "its first dimension must be the example"
                     )
 
@@ -171,7 +171,7 @@ class _Capture:
             return None  # one position an example
         if mask.shape[1] != x.shape[1]:
             raise ValueError(
-                f"mask must be (N,T) with T={x.shape[1]}, the positions of layer {layer.name!r}, got {tuple(mask.shape)}"
+                f"mask must be (N,T) with T={x.shape[1]} as in layer {layer.name!r}, got {tuple(mask.shape)}"
             )
         return mask
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -62,7 +62,7 @@ class InfluenceModel:
             module with parameters of its own, and each of them must be of a supported type.
         start_layer, last_layer: a part of those layers, both ends included, each by name or by position (negative from
             the end). None: from the first, to the last.
-        process_batch: turns what a loader yields into (inputs, targets) or an `ihvp.Batch`. None: it yields that already.
+        process_batch: turns what a loader yields into (inputs, targets) or an `ihvp.Batch`. None: it yields that.
         sample_targets: (outputs, targets, generator) -> targets drawn from the model's own predictive distribution,
             for `fisher="sampled"`. None: softmax of the logits where the targets are integers.
         progress: a progress bar on passes over data; None: only on a terminal.
@@ -124,7 +124,7 @@ class InfluenceModel:
     def passes(self, loader: Iterable[Any], description: str) -> Iterator[tuple[Any, Batch]]:
         """One pass over a loader: (what it yields, the Batch of it). Raises ValueError when it yields nothing."""
         seen = False
-        total = len(loader) if hasattr(loader, "__len__") else None
+        total = len(loader) if isinstance(loader, Sized) else None
         disable = None if self.progress is None else not self.progress
         for raw in tqdm(loader, desc=description, total=total, disable=disable, leave=False):
             seen = True

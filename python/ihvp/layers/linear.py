@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -29,8 +31,8 @@ def join(module: nn.Module, parameters: dict[str, Tensor]) -> Tensor:
 
 LINEAR = LayerType(
     module=nn.Linear,
-    outputs=lambda module: int(module.weight.shape[0]),
-    inputs=lambda module: int(module.weight.shape[1]),
+    outputs=lambda module: cast(nn.Linear, module).weight.shape[0],
+    inputs=lambda module: cast(nn.Linear, module).weight.shape[1],
     bias=lambda module: module.bias is not None,
     activation=tokens,
     output_gradient=tokens,

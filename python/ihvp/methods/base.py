@@ -100,9 +100,9 @@ class IHVP(ABC):
             for value in damping:
                 check_damping(value)
             return self._solve_several(V, list(damping))
-        value = self.damping if damping is None else damping
-        check_damping(value)
-        return self._solve(V, value)
+        single = self.damping if damping is None else damping
+        check_damping(single)
+        return self._solve(V, single)
 
     def _solve_several(self, V: Vectors, dampings: list[float]) -> Vectors:
         solutions = [self._solve(V, value) for value in dampings]
@@ -115,7 +115,7 @@ class IHVP(ABC):
         return self._multiply(V)
 
     def compute_ihvp(self, loader: Iterable[Any], use_gradient: bool = True) -> Vectors:
-        """`solve` for every example of a loader: their gradients, or with use_gradient=False the loader's items, each a V."""
+        """`solve` for every example of a loader: their gradients, or with use_gradient=False its items, each a V."""
         return self._over(loader, use_gradient, self.solve, "inverse-Hessian-vector products")
 
     def compute_hvp(self, loader: Iterable[Any], use_gradient: bool = True) -> Vectors:
@@ -185,7 +185,7 @@ class IHVP(ABC):
             if V[name].dim() != 3 or tuple(V[name].shape[1:]) != layer.shape or len(counts) > 1:
                 O, I = layer.shape
                 raise ValueError(
-                    f"V[{name!r}] must be (Q,O,I') with O={O}, I'={I} and one Q for all layers, got {tuple(V[name].shape)}"
+                    f"V[{name!r}] must be (Q,O,I') with O={O}, I'={I}, one Q for all layers, got {tuple(V[name].shape)}"
                 )
 
 

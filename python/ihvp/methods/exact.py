@@ -106,6 +106,7 @@ class ExactIHVP(IHVP):
         return unflatten(self.model, solution, self.model.dtype)
 
     def _multiply(self, V: Vectors) -> Vectors:
+        assert self._matrix is not None
         return unflatten(self.model, flatten(V) @ self._matrix, self.model.dtype)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -162,7 +163,8 @@ def _add_gauss_newton(total: Tensor, model: InfluenceModel, batch: Batch) -> Non
             )
         return outputs
 
-    outputs, pull_back = torch.func.vjp(forward, theta)
+    pulled = torch.func.vjp(forward, theta)
+    outputs, pull_back = pulled[0], pulled[1]
     leaf = outputs.detach().requires_grad_()
     first = torch.autograd.grad(model.losses(leaf, batch, batch.targets).sum(), leaf, create_graph=True)[0].flatten(1)
     N, K = first.shape

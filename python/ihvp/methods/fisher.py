@@ -117,8 +117,8 @@ class FisherIHVP(IHVP):
                 assert self._kernel is not None
                 if damping == 0:
                     raise torch.linalg.LinAlgError(
-                        f"the Fisher matrix of {self._examples} examples and {self.model.nb_params} parameters is singular; "
-                        "it needs a positive damping"
+                        f"the Fisher matrix of {self._examples} examples and {self.model.nb_params} parameters is "
+                        "singular; it needs a positive damping"
                     )
                 matrix = self._kernel.clone()
                 matrix.diagonal().add_(damping * self._examples)

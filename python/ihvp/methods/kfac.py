@@ -42,7 +42,7 @@ class KFACIHVP(LayerwiseIHVP):
         use_pi: True and False are other words for split="pi" and "even".
 
     Attributes:
-        kfac_blocks: layer name -> (A, G) in float64; evecs: -> (U_A, U_G); evals: -> Lambda = outer(lambda_G, lambda_A).
+        kfac_blocks: layer name -> (A, G) in float64; evecs: -> (U_A, U_G); evals: -> outer(lambda_G, lambda_A).
 
     Source: Martens and Grosse 2015 (arXiv:1503.05671), sections 3 and 6.3.
     """
@@ -169,9 +169,11 @@ class KFACIHVP(LayerwiseIHVP):
 
 def _half_rows(x: Tensor, L: Tensor) -> Tensor:
     """Rows of x by L^-1: the squared norm of the result is x^T (L L^T)^-1 x."""
-    return torch.linalg.solve_triangular(L, x.to(L.dtype).flatten(0, 1).T, upper=False).T.reshape(x.shape)
+    half: Tensor = torch.linalg.solve_triangular(L, x.to(L.dtype).flatten(0, 1).T, upper=False)
+    return half.T.reshape(x.shape)
 
 
 def _cholesky_rows(x: Tensor, L: Tensor) -> Tensor:
     """Rows of x by (L L^T)^-1."""
-    return torch.cholesky_solve(x.to(L.dtype).flatten(0, 1).T, L).T.reshape(x.shape)
+    solved: Tensor = torch.cholesky_solve(x.to(L.dtype).flatten(0, 1).T, L)
+    return solved.T.reshape(x.shape)

@@ -28,9 +28,8 @@ class CovarianceSums:
 
     @staticmethod
     def zero(layer: Layer, device: torch.device) -> CovarianceSums:
-        O, I = layer.shape
-        make = {"dtype": torch.float64, "device": device}
-        return CovarianceSums(torch.zeros(I, I, **make), torch.zeros(O, O, **make))
+        A, G = (torch.zeros(d, d, dtype=torch.float64, device=device) for d in reversed(layer.shape))
+        return CovarianceSums(A, G)
 
     def add(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
         ops.covariance_update_(self.sum_A, a, mask=mask, bias=layer.bias)

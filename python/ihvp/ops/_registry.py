@@ -16,7 +16,7 @@ DEVICES = {"reference": ("cpu", "cuda"), "native": ("cpu",), "triton": ("cuda",)
 _library = torch.library.Library("ihvp", "DEF")
 _ops: dict[str, Op] = {}
 _forced: list[str] = []
-_explaining: list[list[Explanation]] = []
+_explaining: list[bool] = []
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,14 @@ class Explanation:
         return "\n".join(lines)
 
 
+class _ExplanationFound(Exception):  # noqa: N818
+    """Carries an explanation out of an op's function, past what it would do with a result."""
+
+    def __init__(self, explanation: Explanation) -> None:
+        super().__init__()
+        self.explanation = explanation
+
+
 @dataclass(frozen=True)
 class Op:
     """An op: its torch schema, its implementations by name, its trace (`fake`) and its cost model.
@@ -81,8 +89,7 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         if _explaining:
-            _explaining[-1].append(self._explain(*args))
-            return None
+            raise _ExplanationFound(self._explain(*args))
         return self._overload[0](*args)
 
     def _run(self, *args: Any) -> Any:
@@ -148,15 +155,16 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
 
     Raises TypeError when `op` is not an op of ihvp, and whatever the op itself raises for wrong arguments.
     """
-    _explaining.append([])
+    if getattr(op, "__name__", None) not in _ops:
+        raise TypeError(f"op must be a function of ihvp.ops, got {op!r}")
+    _explaining.append(True)
     try:
         op(*args, **kwargs)
-        explanations = _explaining[-1]
+    except _ExplanationFound as found:
+        return found.explanation
     finally:
         _explaining.pop()
-    if not explanations:
-        raise TypeError(f"op must be a function of ihvp.ops, got {op!r}")
-    return explanations[0]
+    raise TypeError(f"op must be a function of ihvp.ops, got {op!r}")
 
 
 def implementations() -> dict[str, tuple[str, ...]]:

@@ -43,8 +43,8 @@ def eigenbasis_project(x: Tensor, U: Tensor, *, mask: Tensor | None = None, bias
     check_mask("mask", mask, x)
     d = features(x, bias)
     check_shape("U", U, "(I',I')", (d, d))
-    out = _op(tokens, U, as_token_mask(mask), bias)
-    return out if out is None else out.view(*x.shape[:-1], d)
+    out: Tensor = _op(tokens, U, as_token_mask(mask), bias)
+    return out.view(*x.shape[:-1], d)
 
 
 def reference(x: Tensor, U: Tensor, mask: Tensor | None, bias: bool) -> Tensor:

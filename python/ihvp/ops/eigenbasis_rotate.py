@@ -32,8 +32,8 @@ def eigenbasis_rotate(V: Tensor, U_A: Tensor, U_G: Tensor, *, inverse: bool = Fa
     O, I = V.shape[-2:]
     check_shape("U_A", U_A, "(I',I')", (I, I))
     check_shape("U_G", U_G, "(O,O)", (O, O))
-    out = _op(V if V.dim() == 3 else V.unsqueeze(0), U_A, U_G, inverse)
-    return out if out is None else out.view(V.shape)
+    out: Tensor = _op(V if V.dim() == 3 else V.unsqueeze(0), U_A, U_G, inverse)
+    return out.view(V.shape)
 
 
 def reference(V: Tensor, U_A: Tensor, U_G: Tensor, inverse: bool) -> Tensor:

@@ -120,7 +120,8 @@ def native(
 
 _op = Op(
     "ekfac_self_influence",
-    "(Tensor a, Tensor delta, Tensor? U_A, Tensor? U_G, Tensor Lambda, float damping, Tensor? mask, bool bias) -> Tensor",
+    "(Tensor a, Tensor delta, Tensor? U_A, Tensor? U_G, Tensor Lambda, float damping, Tensor? mask, bool bias)"
+    " -> Tensor",
     {"reference": reference, "native": native},
     fake=fake,
 )

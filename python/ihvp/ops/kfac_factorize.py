@@ -55,7 +55,7 @@ def reference(A: Tensor, G: Tensor, damping: float, split: str) -> tuple[Tensor,
         mean_A, mean_G = A.diagonal().mean().item(), G.diagonal().mean().item()
         if not (mean_A > 0 and mean_G > 0):
             raise torch.linalg.LinAlgError(
-                f'split="pi" needs factors with a positive trace, got mean diagonals {mean_A:.3g} of A, {mean_G:.3g} of G'
+                f'split="pi" needs positive traces, got mean diagonals {mean_A:.3g} of A and {mean_G:.3g} of G'
             )
         pi = math.sqrt(mean_A / mean_G)
     factors = []

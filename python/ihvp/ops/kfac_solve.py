@@ -32,8 +32,8 @@ def kfac_solve(V: Tensor, L_A: Tensor, L_G: Tensor) -> Tensor:
     O, I = V.shape[-2:]
     check_shape("L_A", L_A, "(I',I')", (I, I))
     check_shape("L_G", L_G, "(O,O)", (O, O))
-    out = _op(V if V.dim() == 3 else V.unsqueeze(0), L_A, L_G)
-    return out if out is None else out.view(V.shape)
+    out: Tensor = _op(V if V.dim() == 3 else V.unsqueeze(0), L_A, L_G)
+    return out.view(V.shape)
 
 
 def reference(V: Tensor, L_A: Tensor, L_G: Tensor) -> Tensor:
