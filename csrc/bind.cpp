@@ -6,6 +6,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#ifdef IHVP_HAVE_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "kernels.h"
 #include "tensor.h"
@@ -17,6 +22,11 @@
 
 namespace ihvp {
 
+#ifdef IHVP_HAVE_AMX
+namespace amx {
+Status weighted_ghost_dot(View, View, View, View, View, View, View, View, bool, int);
+}
+#endif
 #ifdef IHVP_HAVE_AVX512
 IHVP_DECLARE(avx512)
 #endif
@@ -32,6 +42,37 @@ IHVP_DECLARE(generic)
 
 namespace {
 
+#ifdef IHVP_HAVE_AVX512
+bool avx512_runs() {
+    return __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
+           __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512vl") != 0;
+}
+#endif
+
+#ifdef IHVP_HAVE_AMX
+// AVX-512's kernels, and one of its own.
+const Kernels* amx_kernels() {
+    static const Kernels table = [] {
+        Kernels own = avx512::kernels;
+        own.isa = "amx";
+        own.weighted_ghost_dot = amx::weighted_ghost_dot;
+        return own;
+    }();
+    return &table;
+}
+
+// The processor has bfloat16 tiles and conversions, and the kernel lets this process use the tile registers.
+bool amx_runs() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    bool tiles = (d & (1u << 22)) != 0 && (d & (1u << 24)) != 0;  // AMX-BF16, AMX-TILE
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
+    bool conversions = (a & (1u << 5)) != 0;  // AVX512-BF16
+    constexpr int request_permission = 0x1023, tile_data = 18;
+    return tiles && conversions && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
+
 struct Choice {
     const Kernels* kernels;
     bool runs_here;
@@ -40,11 +81,11 @@ struct Choice {
 // Best first.
 std::vector<Choice> compiled() {
     std::vector<Choice> choices;
+#ifdef IHVP_HAVE_AMX
+    choices.push_back({amx_kernels(), avx512_runs() && amx_runs()});
+#endif
 #ifdef IHVP_HAVE_AVX512
-    choices.push_back({&avx512::kernels, __builtin_cpu_supports("avx512f") != 0 &&
-                                             __builtin_cpu_supports("avx512bw") != 0 &&
-                                             __builtin_cpu_supports("avx512dq") != 0 &&
-                                             __builtin_cpu_supports("avx512vl") != 0});
+    choices.push_back({&avx512::kernels, avx512_runs()});
 #endif
 #ifdef IHVP_HAVE_AVX2
     choices.push_back({&avx2::kernels, __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0});

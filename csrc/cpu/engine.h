@@ -73,15 +73,18 @@ struct Panels {
     static int64_t size(int64_t depth, int64_t columns) { return ceil_div(columns, width) * width * depth; }
 };
 
-// Rows of the source become rows k of the panels.
+// Rows of the source become rows k of the panels: here rows k0..k1, read whole so that each is found once.
 template <class T>
-void pack_straight(const Panels<T>& out, int64_t panel, const Rows& in, int64_t first_row) {
-    constexpr int64_t W = Panels<T>::width;
-    int64_t c0 = panel * W, c1 = least(c0 + W, out.columns);
-    for (int64_t k = 0; k < out.depth; ++k) {
-        T* row = out.at(k, c0);
-        in.read(row, first_row + k, c0, c1);
-        for (int64_t c = c1 - c0; c < W; ++c) row[c] = 0;
+void pack_straight(const Panels<T>& out, const Rows& in, int64_t first_row, int64_t k0, int64_t k1) {
+    constexpr int64_t W = Panels<T>::width, block = 1024 / W * W;
+    T buffer[block];
+    for (int64_t c0 = 0; c0 < out.columns; c0 += block) {
+        int64_t count = least(block, out.columns - c0);
+        for (int64_t k = k0; k < k1; ++k) {
+            in.read(buffer, first_row + k, c0, c0 + count);
+            for (int64_t c = count; c % W != 0; ++c) buffer[c] = 0;
+            for (int64_t c = 0; c < count; c += W) std::memcpy(out.at(k, c0 + c), buffer + c, W * sizeof(T));
+        }
     }
 }
 
@@ -104,7 +107,10 @@ void pack_transposed(const Panels<T>& out, int64_t panel, const Rows& in, int64_
 
 template <class T>
 void pack_straight(const Panels<T>& out, const Rows& in, int64_t first_row, int threads) {
-    parallel(threads, out.count(), [&](int64_t p, int) { pack_straight(out, p, in, first_row); });
+    constexpr int64_t rows = 64;  // a task: enough to be worth handing out
+    parallel(threads, ceil_div(out.depth, rows), [&](int64_t block, int) {
+        pack_straight(out, in, first_row, block * rows, least(out.depth, (block + 1) * rows));
+    });
 }
 
 template <class T>
@@ -243,13 +249,13 @@ template <class T, bool square>
 void project(const Panels<T>& out, const Rows& x, int64_t first, const Panels<T>& basis, T* scratch, int threads) {
     constexpr int64_t W = Panels<T>::width;
     if (!basis.data) {
-        parallel(threads, out.count(), [&](int64_t p, int) {
-            pack_straight(out, p, x, first);
-            if (square) {
+        pack_straight(out, x, first, threads);
+        if (square) {
+            parallel(threads, out.count(), [&](int64_t p, int) {
                 T* values = out.at(0, p * W);
                 for (int64_t e = 0; e < out.depth * W; ++e) values[e] *= values[e];
-            }
-        });
+            });
+        }
         return;
     }
     parallel(threads, ceil_div(out.depth, W), [&](int64_t p, int thread) {

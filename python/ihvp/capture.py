@@ -43,6 +43,9 @@ class _TieToRoot(torch.autograd.Function):
         return None, None
 
 
+_tie: Callable[[Tensor, Tensor], Tensor] = _TieToRoot.apply
+
+
 @contextlib.contextmanager
 def untouched(net: nn.Module) -> Iterator[None]:
     """Undo what a pass does to a net: `requires_grad` and the buffers of modules in training mode."""
@@ -121,7 +124,7 @@ class _Capture:
                 return None  # recomputed for a checkpoint, or shielded from gradients by the net itself
             x = args[0] if args else kwargs["input"]
             use = _Use(x.detach(), x._version)
-            tied: Tensor = output if output.requires_grad else _TieToRoot.apply(output, self.root)
+            tied: Tensor = output if output.requires_grad else _tie(output, self.root)
             tied.register_hook(lambda delta: self.receive(layer, use, delta))
             self.uses.setdefault(layer, []).append(use)
             return tied

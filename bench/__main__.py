@@ -1,0 +1,31 @@
+"""python -m bench pipeline [--quick] [--output FILE]"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from bench import pipeline
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("pipeline", help="EKFAC end to end against kronfluence")
+    command.add_argument("--quick", action="store_true", help="fewer repeats")
+    command.add_argument("--output", type=Path, help="append JSON lines to this file")
+    child = commands.add_parser("_child")
+    child.add_argument("library", choices=("ihvp", "kronfluence"))
+    child.add_argument("folder", type=Path)
+    child.add_argument("repeats", type=int)
+    arguments = parser.parse_args()
+    if arguments.command == "pipeline":
+        pipeline.run(arguments.quick, arguments.output)
+    else:
+        run = pipeline.run_ihvp if arguments.library == "ihvp" else pipeline.run_kronfluence
+        print(json.dumps(run(arguments.folder, arguments.repeats)))
+
+
+if __name__ == "__main__":
+    main()
