@@ -1,0 +1,177 @@
+"""The extension module by itself: how it reads arrays, what it refuses, and how it picks an instruction set."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ihvp import _native
+from op_cases import ISAS, NATIVE_OPS, make
+from torch import Tensor
+
+KERNELS = {op.removesuffix("_"): op for op in NATIVE_OPS}
+ORDERS = {"ekfac_diagonal_update": "project_first", "gradient_dot": "query_first"}
+RESULTS = {
+    "eigenbasis_project": (5, 4, 8),
+    "eigenbasis_rotate": (3, 3, 7),
+    "ekfac_self_influence": (5,),
+    "ekfac_solve": (1, 3, 3, 7),
+    "weighted_ghost_dot": (3, 5),
+    "gradient_dot": (3, 5),
+    "kfac_solve": (3, 3, 7),
+}
+
+
+def arguments(kernel: str, **changes: Any) -> dict[str, Any]:
+    """A right call of the kernel: N=5, T=4, M=3, Q=3, I=7 and a bias where there is one, O=3, float32."""
+    given = make(KERNELS[kernel], {}, bias=True, masked=True).arguments
+    if kernel == "ekfac_solve":
+        given["damping"] = torch.tensor([0.1], dtype=torch.float64)
+    if kernel in ORDERS:
+        given["order"] = ORDERS[kernel]
+    if kernel in RESULTS:
+        given["out"] = torch.zeros(RESULTS[kernel])
+    return {**given, "threads": 1, **changes}
+
+
+def result(given: dict[str, Any]) -> Any:
+    return next(given[name] for name in ("out", "C", "Lambda") if name in given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_arrays_by_dlpack_are_read_like_tensors(kernel: str) -> None:
+    """numpy has no exchange API: its arrays come through __dlpack__, and are written through it."""
+    assert hasattr(np.ndarray, "__dlpack__") and not hasattr(np.ndarray, "__dlpack_c_exchange_api__")
+    tensors = arguments(kernel)
+    arrays = {name: x.numpy().copy() if isinstance(x, Tensor) else x for name, x in tensors.items()}
+    for given in (tensors, arrays):
+        getattr(_native, kernel)(**given)
+    assert np.array_equal(result(tensors).numpy(), result(arrays))
+    assert result(tensors).any()
+
+
+def test_a_view_that_runs_backwards_is_read_as_it_appears() -> None:
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    C, backwards = np.zeros((2, 4, 4), np.float32)
+    _native.covariance_update(C, x, None, False, 1)
+    _native.covariance_update(backwards[::-1, ::-1], x[::-1, ::-1], None, False, 1)
+    assert np.array_equal(C, backwards)
+
+
+MEMORY = torch.zeros(400)
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    # results that overlap
+    ("covariance_update", {"C": torch.zeros(8).expand(8, 8)}, "^C overlaps itself in memory"),
+    ("covariance_update", {"C": MEMORY.as_strided((8, 8), (1, 1))}, "^C overlaps itself in memory"),
+    ("covariance_update", {"C": MEMORY[:64].view(8, 8), "x": MEMORY[60:200].view(5, 4, 7)}, "^C overlaps x in"),
+    ("ekfac_diagonal_update", {"Lambda": MEMORY[:24].view(3, 8), "U_G": MEMORY[20:29].view(3, 3)}, "^Lambda overlaps"),
+    ("gradient_dot", {"out": torch.zeros(1, 5).expand(3, 5)}, "^out overlaps itself in memory"),
+    ("gradient_dot", {"out": MEMORY[:15].view(3, 5), "P": MEMORY[:72].view(3, 3, 8)}, "^out overlaps P in memory"),
+    ("ekfac_solve", {"out": MEMORY[:63].view(1, 3, 3, 7), "V": MEMORY[:63].view(3, 3, 7)}, "^out overlaps V in memory"),
+    # results of another shape, memory or type
+    ("covariance_update", {"C": torch.zeros(7, 7)}, r"^C must have shape \(8, 8\), got \(7, 7\)"),
+    ("eigenbasis_project", {"out": torch.zeros(5, 4, 7)}, r"^out must have shape \(5, 4, 8\)"),
+    ("eigenbasis_project", {"out": torch.zeros(5, 8, 4).mT}, "^out must be contiguous"),
+    ("eigenbasis_project", {"out": MEMORY.as_strided((5, 4, 8), (32, 9, 1))}, "^out "),
+    (
+        "eigenbasis_project",
+        {"out": MEMORY.as_strided((1, 4, 8), (32, 40, 1)), "x": torch.ones(1, 4, 7), "mask": None},
+        "^out must be contiguous",
+    ),
+    ("gradient_dot", {"out": torch.zeros(5, 3)}, r"^out must have shape \(3, 5\), got \(5, 3\)"),
+    ("gradient_dot", {"out": torch.zeros(3, 5, dtype=torch.float16)}, "^out must be float32 or float64"),
+    ("kfac_solve", {"V": torch.zeros(3, 3, 7, dtype=torch.float64)}, "^out must be float64 for float64 operands"),
+    # operands
+    ("gradient_dot", {"P": torch.zeros(3, 7, 8)}, r"^P must have shape \(3, 3, 8\), got \(3, 7, 8\)"),
+    ("gradient_dot", {"delta": torch.zeros(5, 3, 3)}, r"^delta must have shape \(5, 4, 3\)"),
+    ("gradient_dot", {"mask": torch.ones(5, 3, dtype=torch.bool)}, r"^mask must have shape \(5, 4\)"),
+    ("gradient_dot", {"mask": torch.ones(5, 4)}, "^mask must be bool"),
+    ("gradient_dot", {"a": torch.ones(5, 4, 7, dtype=torch.bool)}, "^a must be floating point, got bool"),
+    ("gradient_dot", {"a": torch.ones(5, 4, 7, dtype=torch.int64)}, "^a must be float32, float64, bfloat16, float16"),
+    ("gradient_dot", {"a": torch.ones(5, 4, 1, 1, 7)}, "^a has too many dimensions"),
+    ("gradient_dot", {"a": None}, "^a must be a tensor, got None"),
+    ("gradient_dot", {"a": [1.0]}, "^a must be a tensor"),
+    ("ekfac_solve", {"damping": torch.tensor([0.1])}, r"^damping must be \(D,\) in float64"),
+    ("ekfac_diagonal_update", {"U_G": None, "order": "gradient_first"}, "gradient_first needs both"),
+    ("weighted_ghost_dot", {"weight": torch.zeros(8, 3)}, r"^weight must have shape \(3, 8\)"),
+    # how to run
+    *((kernel, {"threads": threads}, "^threads must be at least 1") for kernel in KERNELS for threads in (0, -1)),
+    ("gradient_dot", {"order": "last_first"}, "^order must be .*got last_first"),
+    ("gradient_dot", {"order": "project_first"}, "^order must be .*got project_first"),
+    ("gradient_dot", {"order": ""}, "^order must be "),
+    ("gradient_dot", {"order": "gradient_first", "per_token": True, "out": torch.zeros(3, 5, 4)}, "needs query_first"),
+    ("ekfac_diagonal_update", {"order": "query_first"}, "^order must be .*got query_first"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "changes", "message"), REFUSED)
+def test_wrong_arguments_are_named(kernel: str, changes: dict[str, Any], message: str) -> None:
+    given = arguments(kernel, **changes)
+    before = result(given).clone()
+    with pytest.raises(ValueError, match=message):
+        getattr(_native, kernel)(**given)
+    assert torch.equal(result(given), before)
+
+
+def test_tensors_without_memory_here_are_refused() -> None:
+    for x in (torch.ones(5, 4, 7, device="meta"), torch.ones(5, 4, 7).to_sparse()):
+        with pytest.raises((RuntimeError, BufferError, ValueError)):
+            _native.covariance_update(**arguments("covariance_update", x=x))
+
+
+# --- instruction sets ------------------------------------------------------------------------------------------
+
+
+def test_the_best_instruction_set_is_chosen() -> None:
+    assert ISAS and _native.isa() == os.environ.get("IHVP_ISA", ISAS[0])
+    for isa in ISAS:
+        _native.use_isa(isa)
+        assert _native.isa() == isa
+
+
+@pytest.mark.parametrize("name", ["nonsense", "", *(isa for isa, runs in _native.isas().items() if not runs)])
+def test_an_instruction_set_that_is_not_here_is_refused(name: str) -> None:
+    before = _native.isa()
+    with pytest.raises(ValueError, match=f"instruction set must be one of .*{ISAS[-1]}, got {name}"):
+        _native.use_isa(name)
+    assert _native.isa() == before
+
+
+def imported_with(isa: str) -> subprocess.CompletedProcess[str]:
+    program = "import ihvp; from ihvp import _native; print(_native.isa())"
+    environment = {**os.environ, "IHVP_ISA": isa}
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+
+
+def test_the_environment_chooses_the_instruction_set() -> None:
+    run = imported_with(ISAS[-1])
+    assert (run.returncode, run.stdout.strip()) == (0, ISAS[-1]), run.stderr
+
+
+def test_an_unknown_instruction_set_in_the_environment_stops_the_import() -> None:
+    run = imported_with("nonsense")
+    assert run.returncode == 1
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith(("ValueError: ", "ImportError: "))
+    assert "instruction set must be one of" in last and last.endswith("got nonsense")
+
+
+def test_no_kernel_is_visible_outside_the_module() -> None:
+    """A weak or exported symbol of one instruction set could be taken for another's."""
+    nm = shutil.which("nm")
+    if nm is None:
+        return
+    symbols = "".join(
+        subprocess.run([nm, *flags, "-C", _native.__file__], check=True, capture_output=True, text=True).stdout
+        for flags in (["-D", "--defined-only"], ["--defined-only"])
+    ).splitlines()
+    assert any(line.endswith(" T PyInit__native") for line in symbols)
+    exported = [line for line in symbols if line.split()[1] in "TWVuDBR"]
+    assert not [line for line in exported if any(f"ihvp::{isa}" in line for isa in _native.isas())]
