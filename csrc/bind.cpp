@@ -15,8 +15,8 @@
 #include "kernels.h"
 #include "tensor.h"
 
-#define IHVP_DECLARE(isa) \
-    namespace isa {       \
+#define IHVP_DECLARE(isa)         \
+    namespace isa {               \
     extern const Kernels kernels; \
     }
 
@@ -111,20 +111,24 @@ const Kernels* select_isa(const char* wanted) {
 
 const Kernels* kernels = nullptr;
 
-Order order_named(const std::string& name) {
-    if (name == "project_first") return Order::project_first;
+// "gradient_first", or the other order that the op has.
+Order order_named(const std::string& name, const char* other, Order meaning) {
+    if (name == other) return meaning;
     if (name == "gradient_first") return Order::gradient_first;
-    if (name == "query_first") return Order::query_first;
-    throw py::value_error("order must be project_first, gradient_first or query_first, got " + name);
+    throw py::value_error(std::string("order must be ") + other + " or gradient_first, got " + name);
 }
 
+// `work` counts multiply-adds, roughly. A thread joins only for a share worth waking it: about 10 us.
 template <class F>
-void call(int threads, const F& kernel) {
+void call(int threads, int64_t work, const F& kernel) {
     if (threads < 1) throw py::value_error("threads must be at least 1, got " + std::to_string(threads));
+    constexpr int64_t least_share = 1 << 19;
+    int64_t useful = work / least_share + 1;
+    threads = useful < threads ? int(useful) : threads;
     Status status;
     {
         py::gil_scoped_release release;
-        status = kernel();
+        status = kernel(threads);
     }
     if (status == Status::out_of_memory) throw std::bad_alloc();
 }
@@ -140,7 +144,8 @@ void covariance_update(py::handle C_, py::handle x_, py::handle mask_, bool bias
     int64_t d = x.view.shape[2] + bias;
     C.shape({d, d}).accumulator(x.view.dtype).writable({&x, &mask});
     if (x.view.shape[0] * x.view.shape[1] == 0 || d == 0) return;
-    call(threads, [&] { return kernels->covariance_update(C.view, x.view, mask.view, bias, threads); });
+    call(threads, x.view.shape[0] * x.view.shape[1] * d * d,
+         [&](int threads) { return kernels->covariance_update(C.view, x.view, mask.view, bias, threads); });
 }
 
 void eigenbasis_project(py::handle out_, py::handle x_, py::handle U_, py::handle mask_, bool bias, int threads) {
@@ -149,11 +154,14 @@ void eigenbasis_project(py::handle out_, py::handle x_, py::handle U_, py::handl
     mask.token_mask(x.view.shape[0], x.view.shape[1]);
     int64_t d = x.view.shape[2] + bias;
     U.shape({d, d}).floating();
-    out.tokens().shape({x.view.shape[0], x.view.shape[1], d})
-        .accumulator(x.wide() || U.wide() ? DType::f64 : DType::f32).writable({&x, &U, &mask});
-    if (out.view.stride[2] != 1 || out.view.stride[0] != d * x.view.shape[1]) out.fail("must be contiguous");
+    out.tokens()
+        .shape({x.view.shape[0], x.view.shape[1], d})
+        .accumulator(x.wide() || U.wide() ? DType::f64 : DType::f32)
+        .writable({&x, &U, &mask});
+    out.contiguous();
     if (out.empty()) return;
-    call(threads, [&] { return kernels->eigenbasis_project(out.view, x.view, U.view, mask.view, bias, threads); });
+    call(threads, x.view.shape[0] * x.view.shape[1] * d * d,
+         [&](int threads) { return kernels->eigenbasis_project(out.view, x.view, U.view, mask.view, bias, threads); });
 }
 
 void eigenbasis_rotate(py::handle out_, py::handle V_, py::handle U_A_, py::handle U_G_, bool inverse, int threads) {
@@ -163,9 +171,12 @@ void eigenbasis_rotate(py::handle out_, py::handle V_, py::handle U_A_, py::hand
     U_A.shape({I, I}).floating();
     U_G.shape({O, O}).floating();
     out.shape({V.view.shape[0], O, I})
-        .accumulator(V.wide() || U_A.wide() || U_G.wide() ? DType::f64 : DType::f32).writable({&V, &U_A, &U_G});
+        .accumulator(V.wide() || U_A.wide() || U_G.wide() ? DType::f64 : DType::f32)
+        .writable({&V, &U_A, &U_G});
     if (out.empty()) return;
-    call(threads, [&] { return kernels->eigenbasis_rotate(out.view, V.view, U_A.view, U_G.view, inverse, threads); });
+    call(threads, V.view.shape[0] * O * I * (O + I), [&](int threads) {
+        return kernels->eigenbasis_rotate(out.view, V.view, U_A.view, U_G.view, inverse, threads);
+    });
 }
 
 // a (N,T,I) and delta (N,T,O) of the same positions.
@@ -184,7 +195,7 @@ void ekfac_diagonal_update(py::handle Lambda_, py::handle a_, py::handle delta_,
                            py::handle mask_, bool bias, const std::string& order_, int threads) {
     Argument Lambda("Lambda", Lambda_), a("a", a_), delta("delta", delta_), U_A("U_A", U_A_, true),
         U_G("U_G", U_G_, true), mask("mask", mask_, true);
-    Order order = order_named(order_);
+    Order order = order_named(order_, "project_first", Order::project_first);
     check_tokens(a, delta, mask);
     int64_t I = a.view.shape[2] + bias, O = delta.view.shape[2];
     check_basis(U_A, I);
@@ -194,7 +205,7 @@ void ekfac_diagonal_update(py::handle Lambda_, py::handle a_, py::handle delta_,
     if (Lambda.empty() || a.view.shape[0] * a.view.shape[1] == 0) return;
     if (order == Order::gradient_first && (!U_A.view.data || !U_G.view.data))
         throw py::value_error("gradient_first needs both U_A and U_G");
-    call(threads, [&] {
+    call(threads, a.view.shape[0] * a.view.shape[1] * (I * I + O * O + O * I), [&](int threads) {
         return kernels->ekfac_diagonal_update(Lambda.view, a.view, delta.view, U_A.view, U_G.view, mask.view, bias,
                                               order, threads);
     });
@@ -210,11 +221,12 @@ void ekfac_self_influence(py::handle out_, py::handle a_, py::handle delta_, py:
     check_basis(U_G, O);
     Lambda.shape({O, I}).floating();
     bool wide = a.wide() || delta.wide() || U_A.wide() || U_G.wide() || Lambda.wide();
-    out.shape({a.view.shape[0]}).accumulator(wide ? DType::f64 : DType::f32)
+    out.shape({a.view.shape[0]})
+        .accumulator(wide ? DType::f64 : DType::f32)
         .writable({&a, &delta, &U_A, &U_G, &Lambda, &mask});
     if (a.view.shape[1] * I * O == 0) return no_positions(out);
     if (out.empty()) return;
-    call(threads, [&] {
+    call(threads, a.view.shape[0] * a.view.shape[1] * (I * I + O * O + O * I), [&](int threads) {
         return kernels->ekfac_self_influence(out.view, a.view, delta.view, U_A.view, U_G.view, Lambda.view, damping,
                                              mask.view, bias, threads);
     });
@@ -231,16 +243,17 @@ void ekfac_solve(py::handle out_, py::handle V_, py::handle U_A_, py::handle U_G
     Lambda.shape({O, I}).floating();
     if (damping.view.dims != 1 || damping.view.dtype != DType::f64) damping.fail("must be (D,) in float64");
     bool wide = V.wide() || U_A.wide() || U_G.wide() || Lambda.wide();
-    out.shape({damping.view.shape[0], V.view.shape[0], O, I}).accumulator(wide ? DType::f64 : DType::f32)
+    out.shape({damping.view.shape[0], V.view.shape[0], O, I})
+        .accumulator(wide ? DType::f64 : DType::f32)
         .writable({&V, &U_A, &U_G, &Lambda, &damping});
     if (out.empty()) return;
-    call(threads, [&] {
+    call(threads, V.view.shape[0] * O * I * (O + I), [&](int threads) {
         return kernels->ekfac_solve(out.view, V.view, U_A.view, U_G.view, Lambda.view, damping.view, threads);
     });
 }
 
 void weighted_ghost_dot(py::handle out_, py::handle a1_, py::handle delta1_, py::handle a2_, py::handle delta2_,
-               py::handle weight_, py::handle mask1_, py::handle mask2_, bool bias, int threads) {
+                        py::handle weight_, py::handle mask1_, py::handle mask2_, bool bias, int threads) {
     Argument out("out", out_), a1("a1", a1_), delta1("delta1", delta1_), a2("a2", a2_), delta2("delta2", delta2_),
         weight("weight", weight_), mask1("mask1", mask1_, true), mask2("mask2", mask2_, true);
     check_tokens(a1, delta1, mask1);
@@ -250,32 +263,35 @@ void weighted_ghost_dot(py::handle out_, py::handle a1_, py::handle delta1_, py:
     delta2.shape({delta2.view.shape[0], 1, delta1.view.shape[2]});
     weight.shape({delta1.view.shape[2], a1.view.shape[2] + bias}).floating();
     bool wide = a1.wide() || delta1.wide() || a2.wide() || delta2.wide() || weight.wide();
-    out.shape({a1.view.shape[0], a2.view.shape[0]}).accumulator(wide ? DType::f64 : DType::f32)
+    out.shape({a1.view.shape[0], a2.view.shape[0]})
+        .accumulator(wide ? DType::f64 : DType::f32)
         .writable({&a1, &delta1, &a2, &delta2, &weight, &mask1, &mask2});
     if (weight.empty()) return no_positions(out);
     if (out.empty()) return;
-    call(threads, [&] {
-        return kernels->weighted_ghost_dot(out.view, a1.view, delta1.view, a2.view, delta2.view, weight.view, mask1.view,
-                                  mask2.view, bias, threads);
+    call(threads, a1.view.shape[0] * a2.view.shape[0] * weight.view.shape[0] * weight.view.shape[1], [&](int threads) {
+        return kernels->weighted_ghost_dot(out.view, a1.view, delta1.view, a2.view, delta2.view, weight.view,
+                                           mask1.view, mask2.view, bias, threads);
     });
 }
 
 void gradient_dot(py::handle out_, py::handle P_, py::handle a_, py::handle delta_, py::handle mask_, bool bias,
                   bool per_token, const std::string& order_, int threads) {
     Argument out("out", out_), P("P", P_), a("a", a_), delta("delta", delta_), mask("mask", mask_, true);
-    Order order = order_named(order_);
+    Order order = order_named(order_, "query_first", Order::query_first);
     check_tokens(a, delta, mask);
     int64_t N = a.view.shape[0], T = a.view.shape[1], I = a.view.shape[2] + bias, O = delta.view.shape[2];
     P.tokens().floating().shape({P.view.shape[0], O, I});
     DType type = P.wide() || a.wide() || delta.wide() ? DType::f64 : DType::f32;
-    if (per_token) out.shape({P.view.shape[0], N, T});
-    else out.shape({P.view.shape[0], N});
+    if (per_token)
+        out.shape({P.view.shape[0], N, T});
+    else
+        out.shape({P.view.shape[0], N});
     out.accumulator(type).writable({&P, &a, &delta, &mask});
     if (order == Order::gradient_first && per_token)
         throw py::value_error("gradient_first sums over positions; per_token needs query_first");
     if (T * O * I == 0) return no_positions(out);
     if (out.empty()) return;
-    call(threads, [&] {
+    call(threads, (T + P.view.shape[0]) * N * O * I, [&](int threads) {
         return kernels->gradient_dot(out.view, P.view, a.view, delta.view, mask.view, bias, per_token, order, threads);
     });
 }
@@ -287,9 +303,11 @@ void kfac_solve(py::handle out_, py::handle V_, py::handle L_A_, py::handle L_G_
     L_A.shape({I, I}).floating();
     L_G.shape({O, O}).floating();
     out.shape({V.view.shape[0], O, I})
-        .accumulator(V.wide() || L_A.wide() || L_G.wide() ? DType::f64 : DType::f32).writable({&V, &L_A, &L_G});
+        .accumulator(V.wide() || L_A.wide() || L_G.wide() ? DType::f64 : DType::f32)
+        .writable({&V, &L_A, &L_G});
     if (out.empty()) return;
-    call(threads, [&] { return kernels->kfac_solve(out.view, V.view, L_A.view, L_G.view, threads); });
+    call(threads, V.view.shape[0] * O * I * (O + I),
+         [&](int threads) { return kernels->kfac_solve(out.view, V.view, L_A.view, L_G.view, threads); });
 }
 
 }  // namespace
@@ -298,21 +316,28 @@ PYBIND11_MODULE(_native, m) {
     m.doc() = "CPU kernels of ihvp. Arguments are tensors that speak DLPack; results are written into `out`.";
     kernels = select_isa(std::getenv("IHVP_ISA"));
 
-    m.def("isas", [] {
-        py::dict result;
-        for (const Choice& choice : compiled()) result[choice.kernels->isa] = choice.runs_here;
-        return result;
-    }, "Instruction sets compiled in, best first, and whether this processor runs them.");
+    m.def(
+        "isas",
+        [] {
+            py::dict result;
+            for (const Choice& choice : compiled()) result[choice.kernels->isa] = choice.runs_here;
+            return result;
+        },
+        "Instruction sets compiled in, best first, and whether this processor runs them.");
     m.def("isa", [] { return kernels->isa; }, "The instruction set in use.");
-    m.def("use_isa", [](const std::string& name) { kernels = select_isa(name.c_str()); }, py::arg("name"),
-          "Switch to another instruction set of `isas()`.");
-    m.def("has_openmp", [] {
+    m.def(
+        "use_isa", [](const std::string& name) { kernels = select_isa(name.c_str()); }, py::arg("name"),
+        "Switch to another instruction set of `isas()`.");
+    m.def(
+        "has_openmp",
+        [] {
 #ifdef _OPENMP
-        return true;
+            return true;
 #else
-        return false;
+            return false;
 #endif
-    }, "Whether the kernels were built with OpenMP.");
+        },
+        "Whether the kernels were built with OpenMP.");
 
     using py::arg;
     m.def("covariance_update", &covariance_update, arg("C"), arg("x"), arg("mask"), arg("bias"), arg("threads"));
@@ -326,8 +351,8 @@ PYBIND11_MODULE(_native, m) {
           arg("Lambda"), arg("damping"), arg("mask"), arg("bias"), arg("threads"));
     m.def("ekfac_solve", &ekfac_solve, arg("out"), arg("V"), arg("U_A"), arg("U_G"), arg("Lambda"), arg("damping"),
           arg("threads"));
-    m.def("weighted_ghost_dot", &weighted_ghost_dot, arg("out"), arg("a1"), arg("delta1"), arg("a2"), arg("delta2"), arg("weight"),
-          arg("mask1"), arg("mask2"), arg("bias"), arg("threads"));
+    m.def("weighted_ghost_dot", &weighted_ghost_dot, arg("out"), arg("a1"), arg("delta1"), arg("a2"), arg("delta2"),
+          arg("weight"), arg("mask1"), arg("mask2"), arg("bias"), arg("threads"));
     m.def("gradient_dot", &gradient_dot, arg("out"), arg("P"), arg("a"), arg("delta"), arg("mask"), arg("bias"),
           arg("per_token"), arg("order"), arg("threads"));
     m.def("kfac_solve", &kfac_solve, arg("out"), arg("V"), arg("L_A"), arg("L_G"), arg("threads"));

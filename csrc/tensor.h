@@ -97,6 +97,14 @@ class Argument {
             fail(narrowest == DType::f64 ? "must be float64 for float64 operands" : "must be float32 or float64");
         return *this;
     }
+    const Argument& contiguous() const {
+        int64_t expected = 1;
+        for (int i = view.dims - 1; i >= 0 && !empty(); --i) {
+            if (view.shape[i] > 1 && view.stride[i] != expected) fail("must be contiguous");
+            expected *= view.shape[i];
+        }
+        return *this;
+    }
     // A result must give every index an address of its own, none of them shared with an operand.
     const Argument& writable(std::initializer_list<const Argument*> operands) const {
         if (!empty()) {
@@ -160,12 +168,18 @@ class Argument {
             contiguous *= t.shape[i];
         }
         if (t.type_lanes != 1) fail("has an unsupported element type");
-        if (t.type_code == dlpack::code_float && t.type_bits == 32) view.dtype = DType::f32;
-        else if (t.type_code == dlpack::code_float && t.type_bits == 64) view.dtype = DType::f64;
-        else if (t.type_code == dlpack::code_float && t.type_bits == 16) view.dtype = DType::f16;
-        else if (t.type_code == dlpack::code_bfloat && t.type_bits == 16) view.dtype = DType::bf16;
-        else if (t.type_code == dlpack::code_bool && t.type_bits == 8) view.dtype = DType::boolean;
-        else fail("must be float32, float64, bfloat16, float16 or bool");
+        if (t.type_code == dlpack::code_float && t.type_bits == 32)
+            view.dtype = DType::f32;
+        else if (t.type_code == dlpack::code_float && t.type_bits == 64)
+            view.dtype = DType::f64;
+        else if (t.type_code == dlpack::code_float && t.type_bits == 16)
+            view.dtype = DType::f16;
+        else if (t.type_code == dlpack::code_bfloat && t.type_bits == 16)
+            view.dtype = DType::bf16;
+        else if (t.type_code == dlpack::code_bool && t.type_bits == 8)
+            view.dtype = DType::boolean;
+        else
+            fail("must be float32, float64, bfloat16, float16 or bool");
         static char nowhere;  // a View without data means "not given"; an empty tensor is given
         view.data = t.data ? static_cast<char*>(t.data) + t.byte_offset : &nowhere;
         if (t.data == nullptr && contiguous != 0) fail("has no memory");

@@ -106,7 +106,7 @@ def random_call(op: str, **fixed: Any) -> st.SearchStrategy[Call]:
 
 def native_call(op: str) -> Call:
     """Several panels, several positions, more than one chunk of examples."""
-    return make(op, {"N": 530, "T": 4, "I": 65, "O": 50, "Q": 3}, bias=True, masked=True)
+    return make(op, {"N": 530, "T": 4, "I": 65, "O": 50, "Q": 40}, bias=True, masked=True)
 
 
 def test_tolerance_is_as_tight_as_promised() -> None:
@@ -169,7 +169,7 @@ ORDERED_SHAPES = (
     {"T": 1},
     {"N": 3, "T": 1025, "I": 6, "O": 9},
     {"N": 2, "T": 2500, "I": 6, "O": 5},
-    {"N": 9, "T": 17, "I": 49, "O": 33, "Q": 5},
+    {"N": 67, "T": 9, "I": 65, "O": 33, "Q": 6},
     {"N": 67, "T": 2, "I": 7, "O": 6, "Q": 1},
     {"N": 3, "T": 3, "I": 7, "O": 66},
     {"N": 8, "T": 5, "I": 97, "O": 31, "Q": 9},
@@ -275,7 +275,7 @@ def test_one_batch_of_64_is_eight_of_8(op: str, engine: Engine) -> None:
 @pytest.mark.parametrize("op", NATIVE_OPS)
 def test_same_bits_in_every_run_and_for_any_threads(isa: str, op: str) -> None:
     call, results = native_call(op), []
-    for threads in (1, 2, 2, 3):
+    for threads in (1, *(2, 3) * 4):  # several times: threads in each other's way need luck to meet
         torch.set_num_threads(threads)
         results.append(call.fresh()())
     call.check(results[0])

@@ -24,7 +24,7 @@ Status run(const View& out, const View& V, const View& U_A, const View& U_G, boo
         Panels<T> v{scratch + thread * packed, I, O}, x{half + thread * rotated, O, I};
         Rows rows = matrix_rows(entry(V, q));
         for (int64_t p = 0; p < v.count(); ++p) pack_transposed(v, p, rows, 0);
-        product(v, 0, O, basis_A, 0, basis_A.count(), StorePanels<T, false>{x});      // V U_A: k = o
+        product(v, 0, O, basis_A, 0, basis_A.count(), StorePanels<T, false>{x});             // V U_A: k = o
         product(basis_G, 0, O, x, 0, x.count(), matrix_target<T, T, false>(entry(out, q)));  // U_G^T V U_A
     });
     return Status::ok;

@@ -98,8 +98,8 @@ Status gradient_first(const View& Lambda, const Rows& a, const Rows& delta, int6
     Panels<T> basis_G = pack_basis<T>(space, U_G, O, false, threads);
     Panels<T> x{space.take<T>(Panels<T>::size(depth, I)), depth, I};
     Panels<T> d{space.take<T>(Panels<T>::size(depth, O)), depth, O};
-    Panels<T> g{space.take<T>(Panels<T>::size(O, I)), O, I};          // k = o
-    Panels<T> half{space.take<T>(Panels<T>::size(I, O)), I, O};       // (U_G^T g)^T: k = i
+    Panels<T> g{space.take<T>(Panels<T>::size(O, I)), O, I};     // k = o
+    Panels<T> half{space.take<T>(Panels<T>::size(I, O)), I, O};  // (U_G^T g)^T: k = i
     AddSquares<T, S> add{matrix_target<T, S, true>(Lambda)};
     for (int64_t n = 0; n < N; ++n) {
         for (int64_t t = 0; t < positions; t += depth) {
@@ -137,8 +137,8 @@ Status gradient_first(const View& Lambda, const Rows& a, const Rows& delta, int6
 }
 
 template <class T, class S>
-Status update(const View& Lambda, const View& a, const View& delta, const View& U_A, const View& U_G,
-              const View& mask, bool bias, Order order, int threads) {
+Status update(const View& Lambda, const View& a, const View& delta, const View& U_A, const View& U_G, const View& mask,
+              bool bias, Order order, int threads) {
     Rows rows_a = token_rows(a, mask, bias), rows_delta = token_rows(delta, mask, false);
     auto run = order == Order::gradient_first ? gradient_first<T, S> : project_first<T, S>;
     return run(Lambda, rows_a, rows_delta, a.shape[0], a.shape[1], U_A, U_G, threads);

@@ -7,8 +7,8 @@ namespace IHVP_ISA {
 namespace {
 
 template <class T>
-Status run(const View& out, const View& V, const View& U_A, const View& U_G, const View& Lambda,
-           const View& damping, int threads) {
+Status run(const View& out, const View& V, const View& U_A, const View& U_G, const View& Lambda, const View& damping,
+           int threads) {
     int64_t D = damping.shape[0], Q = V.shape[0], O = V.shape[1], I = V.shape[2];
     int64_t by_input = Panels<T>::size(I, O), by_output = Panels<T>::size(O, I);  // k = i, k = o
     Workspace space;
@@ -51,9 +51,8 @@ Status run(const View& out, const View& V, const View& U_A, const View& U_G, con
 }  // namespace
 
 Status ekfac_solve(View out, View V, View U_A, View U_G, View Lambda, View damping, int threads) {
-    return IHVP_COMPUTE(out.dtype == DType::f64, [&](auto zero) {
-        return run<decltype(zero)>(out, V, U_A, U_G, Lambda, damping, threads);
-    });
+    return IHVP_COMPUTE(out.dtype == DType::f64,
+                        [&](auto zero) { return run<decltype(zero)>(out, V, U_A, U_G, Lambda, damping, threads); });
 }
 
 }  // namespace IHVP_ISA

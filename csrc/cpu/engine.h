@@ -67,9 +67,7 @@ struct Panels {
     static constexpr int64_t width = Lanes<T>::panel;
 
     int64_t count() const { return ceil_div(columns, width); }
-    T* at(int64_t row, int64_t column) const {
-        return data + (column / width * depth + row) * width + column % width;
-    }
+    T* at(int64_t row, int64_t column) const { return data + (column / width * depth + row) * width + column % width; }
     static int64_t size(int64_t depth, int64_t columns) { return ceil_div(columns, width) * width * depth; }
 };
 
@@ -157,14 +155,18 @@ IHVP_INLINE void multiply(Tile<T>& tile, const Panels<T>& x, int64_t i, const Pa
     int64_t left = ceil_div(y.columns - p * P, Lanes<T>::width);
     tile.vectors = left < tile_vectors ? int(left) : tile_vectors;
     switch (tile.vectors) {
-        case 1: return multiply<T, 1>(tile, k1 - k0, a, b);
+        case 1:
+            return multiply<T, 1>(tile, k1 - k0, a, b);
 #if IHVP_TILE_VECTORS > 2
-        case 2: return multiply<T, 2>(tile, k1 - k0, a, b);
+        case 2:
+            return multiply<T, 2>(tile, k1 - k0, a, b);
 #endif
 #if IHVP_TILE_VECTORS > 3
-        case 3: return multiply<T, 3>(tile, k1 - k0, a, b);
+        case 3:
+            return multiply<T, 3>(tile, k1 - k0, a, b);
 #endif
-        default: return multiply<T, tile_vectors>(tile, k1 - k0, a, b);
+        default:
+            return multiply<T, tile_vectors>(tile, k1 - k0, a, b);
     }
 }
 

@@ -81,8 +81,7 @@ Status run(const View& out, const View& V, const View& L_A, const View& L_G, int
         }
         substitute(x, G);
         for (int64_t k = 0; k < O; ++k) {
-            for (int64_t c = 0; c < x.columns; ++c)
-                target[k * out.stride[1] + (c0 + c) * out.stride[2]] = *x.at(k, c);
+            for (int64_t c = 0; c < x.columns; ++c) target[k * out.stride[1] + (c0 + c) * out.stride[2]] = *x.at(k, c);
         }
     });
     parallel(threads, Q * panels_O, [&](int64_t task, int thread) {

@@ -101,15 +101,34 @@ inline Rows matrix_rows(const View& m, bool transposed = false) {
         c = swap;
     }
     int64_t rows = m.shape[r], columns = m.shape[c];
-    return Rows{static_cast<const char*>(m.data), m.dtype, rows > 0 ? rows : 1, 0, m.stride[r], m.stride[c],
-                rows, columns, columns, nullptr, 0, 0};
+    return Rows{static_cast<const char*>(m.data),
+                m.dtype,
+                rows > 0 ? rows : 1,
+                0,
+                m.stride[r],
+                m.stride[c],
+                rows,
+                columns,
+                columns,
+                nullptr,
+                0,
+                0};
 }
 
 inline Rows token_rows(const View& x, const View& mask, bool bias) {
     int64_t inner = x.shape[1] > 0 ? x.shape[1] : 1;
-    return Rows{static_cast<const char*>(x.data), x.dtype, inner, x.stride[0], x.stride[1], x.stride[2],
-                x.shape[0] * x.shape[1], x.shape[2] + (bias ? 1 : 0), x.shape[2],
-                static_cast<const bool*>(mask.data), mask.stride[0], mask.stride[1]};
+    return Rows{static_cast<const char*>(x.data),
+                x.dtype,
+                inner,
+                x.stride[0],
+                x.stride[1],
+                x.stride[2],
+                x.shape[0] * x.shape[1],
+                x.shape[2] + (bias ? 1 : 0),
+                x.shape[2],
+                static_cast<const bool*>(mask.data),
+                mask.stride[0],
+                mask.stride[1]};
 }
 
 // One entry of a batch of matrices.

@@ -18,9 +18,9 @@ Status gradient_dot(View, View, View, View, View, bool, bool, Order, int);
 Status kfac_solve(View, View, View, View, int);
 
 extern const Kernels kernels;
-const Kernels kernels = {IHVP_TEXT(IHVP_ISA), covariance_update,    eigenbasis_project, eigenbasis_rotate,
-                         ekfac_diagonal_update, ekfac_self_influence, ekfac_solve,        weighted_ghost_dot,
-                         gradient_dot,        kfac_solve};
+const Kernels kernels = {
+    IHVP_TEXT(IHVP_ISA),  covariance_update, eigenbasis_project, eigenbasis_rotate, ekfac_diagonal_update,
+    ekfac_self_influence, ekfac_solve,       weighted_ghost_dot, gradient_dot,      kfac_solve};
 
 }  // namespace IHVP_ISA
 }  // namespace ihvp

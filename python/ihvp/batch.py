@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,13 @@ class Batch:
     weights: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.args, tuple):
+            raise TypeError(f"args must be a tuple, got {type(self.args).__name__}")
+        if not isinstance(self.kwargs, Mapping):
+            raise TypeError(f"kwargs must be a mapping, got {type(self.kwargs).__name__}")
+        for name, x in (("mask", self.mask), ("weights", self.weights)):
+            if x is not None and not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         N = self.size
         if self.mask is not None:
             if self.mask.dim() != 2 or self.mask.shape[0] != N:
@@ -48,15 +55,16 @@ class Batch:
                 return int(x.shape[0])
         raise ValueError("a batch must hold a tensor whose first dimension is the example")
 
+    def map(self, f: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor replaced."""
+        return replace(self, **{own.name: _map(getattr(self, own.name), f) for own in fields(self)})
+
+    def outside_inference(self) -> Batch:
+        """Tensors that were made in inference mode, copied so that autograd may see them."""
+        return self.map(lambda x: x.clone() if x.is_inference() else x)
+
     def to(self, device: torch.device) -> Batch:
-        return replace(
-            self,
-            args=_map(self.args, lambda x: x.to(device)),
-            kwargs=_map(self.kwargs, lambda x: x.to(device)),
-            targets=_map(self.targets, lambda x: x.to(device)),
-            mask=None if self.mask is None else self.mask.to(device),
-            weights=None if self.weights is None else self.weights.to(device),
-        )
+        return self.map(lambda x: x.to(device))
 
 
 def as_batch(raw: Any) -> Batch:
@@ -90,6 +98,8 @@ def _map(x: Any, f: Callable[[Tensor], Tensor]) -> Any:
         return f(x)
     if isinstance(x, Mapping):
         return {key: _map(value, f) for key, value in x.items()}
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*(_map(value, f) for value in x))
     if isinstance(x, (tuple, list)):
-        return tuple(_map(value, f) for value in x)
+        return type(x)(_map(value, f) for value in x)
     return x

@@ -31,24 +31,29 @@ class _Use:
     delta: Tensor | None = None
 
 
-class _TieToRoot(torch.autograd.Function):
-    """Identity whose result depends on `root`, for layers whose input needs no gradient."""
+class _Tap(torch.autograd.Function):
+    """Identity that reports the gradient passing through. It depends on `root`, so that the backward pass comes by.
+
+    The result is no view of the output in autograd's eyes: what follows may change it in place.
+    """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, root: Tensor) -> Tensor:
-        return output.clone()  # a tensor of its own: what follows may change it in place
+    def forward(ctx: Any, output: Tensor, root: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
+        ctx.receive = receive
+        return torch.ops.aten._unsafe_view(output, output.shape)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        return None, None
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None]:
+        ctx.receive(delta)
+        return delta, None, None
 
 
-_tie: Callable[[Tensor, Tensor], Tensor] = _TieToRoot.apply
+_tap: Callable[[Tensor, Tensor, Callable[[Tensor], None]], Tensor] = _Tap.apply
 
 
 @contextlib.contextmanager
 def untouched(net: nn.Module) -> Iterator[None]:
-    """Undo what a pass does to a net: `requires_grad` and the buffers of modules in training mode."""
+    """Undo what a pass does to a net: `requires_grad` and buffers."""
     for name, module in net.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise ValueError(
@@ -56,16 +61,20 @@ def untouched(net: nn.Module) -> Iterator[None]:
                 "rest of its batch; call net.eval() first"
             )
     required = [(p, p.requires_grad) for p in net.parameters()]
-    training = (module for module in net.modules() if module.training)
-    buffers = [(b, b.clone()) for module in training for b in module.buffers(recurse=False)]
+    buffers = [
+        (module._buffers, key, buffer, buffer.clone())
+        for module in net.modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     try:
         yield
     finally:
         for p, flag in required:
             p.requires_grad_(flag)
         with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            for owner, key, buffer, value in buffers:
+                owner[key] = buffer.copy_(value)
 
 
 def capture(
@@ -82,10 +91,11 @@ def capture(
         FloatingPointError: a loss is not finite; names the batch and the examples.
         RuntimeError: a layer's input was changed in place after the layer ran.
     """
-    state = _Capture(model, batch, sink)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        batch = batch.outside_inference()
+        state = _Capture(model, batch, sink, index)
         stack.enter_context(untouched(model.net))
         for p in model.net.parameters():
             p.requires_grad_(False)
@@ -110,24 +120,33 @@ def capture(
 
 
 class _Capture:
-    def __init__(self, model: InfluenceModel, batch: Batch, sink: Sink) -> None:
-        self.batch, self.sink = batch, sink
+    """One pass: the uses of layers that wait for their gradients."""
+
+    def __init__(self, model: InfluenceModel, batch: Batch, sink: Sink, index: int) -> None:
+        self.batch, self.sink, self.index = batch, sink, index
         self.root = torch.zeros((), device=model.device, requires_grad=True)
         self.uses: dict[Layer, list[_Use]] = {}
+        self.seen: set[Layer] = set()
         self.forward = True
 
     def hook(self, layer: Layer) -> Callable[..., Any]:
         def after_forward(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> Tensor | None:
-            if not self.forward or not torch.is_grad_enabled():
-                return None  # recomputed for a checkpoint, or shielded from gradients by the net itself
+            if not torch.is_grad_enabled():
+                return None  # shielded from gradients by the net itself
+            if not self.forward:  # recomputed for an activation checkpoint: the first run's use gets the gradient
+                if layer not in self.seen:
+                    raise RuntimeError(
+                        f"layer {layer.name!r} runs in a reentrant activation checkpoint, which hides it; "
+                        "use checkpoint(..., use_reentrant=False)"
+                    )
+                return _tap(output, self.root, lambda delta: None)
             x = args[0] if args else kwargs["input"]
             use = _Use(x.detach(), x._version)
-            tied: Tensor = output if output.requires_grad else _tie(output, self.root)
-            tied.register_hook(lambda delta: self.receive(layer, use, delta))
             self.uses.setdefault(layer, []).append(use)
-            return tied
+            self.seen.add(layer)
+            return _tap(output, self.root, lambda delta: self.receive(layer, use, delta))
 
         return after_forward
 
@@ -159,24 +178,26 @@ class _Capture:
         a = [layer.type.activation(module, use.a) for use in uses]
         delta = [layer.type.output_gradient(module, use.delta) for use in uses if use.delta is not None]
         masks = [self.mask(layer, use, x) for use, x in zip(uses, a, strict=True)]
-        if len(uses) == 1:
-            self.sink(layer, a[0], delta[0], masks[0])
-            return
-        mask = None
-        if any(one is not None for one in masks):
+        for use in uses:
+            del use.a, use.delta  # the graph still holds the use
+        mask = masks[0]
+        if len(uses) > 1 and any(one is not None for one in masks):
             whole = [x.new_ones(x.shape[:2], dtype=torch.bool) for x in a]
             mask = torch.cat([w if m is None else m for m, w in zip(masks, whole, strict=True)], dim=1)
-        self.sink(layer, torch.cat(a, dim=1), torch.cat(delta, dim=1), mask)
+        joined_a, joined_delta = (x[0] if len(x) == 1 else torch.cat(x, dim=1) for x in (a, delta))
+        for what, x in (("input", joined_a), ("output gradient", joined_delta)):
+            # The sum is a cheap first look; it may also overflow, or see what lies under the mask.
+            if not bool(x.sum().isfinite()) and not bool((x if mask is None else x[mask]).isfinite().all()):
+                raise FloatingPointError(f"layer {layer.name!r}, batch {self.index}: the {what} is not finite")
+        self.sink(layer, joined_a, joined_delta, mask)
 
     def mask(self, layer: Layer, use: _Use, x: Tensor) -> Tensor | None:
         mask = self.batch.mask
+        if mask is not None and mask.shape[1] == x.shape[1]:
+            return mask
         if mask is None or use.a.dim() == 2:
             return None  # one position an example
-        if mask.shape[1] != x.shape[1]:
-            raise ValueError(
-                f"mask must be (N,T) with T={x.shape[1]} as in layer {layer.name!r}, got {tuple(mask.shape)}"
-            )
-        return mask
+        raise ValueError(f"mask must be (N,T) with T={x.shape[1]} as in layer {layer.name!r}, got {tuple(mask.shape)}")
 
     def finish(self) -> None:
         """Layers of which some uses got no gradient: the others are their positions."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -92,6 +92,9 @@ class InfluenceModel:
             raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
+        for name, function in (("process_batch", process_batch), ("sample_targets", sample_targets)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be callable, got {type(function).__name__}")
         self.net = net
         self.loss_fn = loss_fn
         self.process_batch = process_batch
@@ -124,7 +127,10 @@ class InfluenceModel:
     def passes(self, loader: Iterable[Any], description: str) -> Iterator[tuple[Any, Batch]]:
         """One pass over a loader: (what it yields, the Batch of it). Raises ValueError when it yields nothing."""
         seen = False
-        total = len(loader) if isinstance(loader, Sized) else None
+        try:
+            total = len(loader)  # type: ignore[arg-type]
+        except TypeError:  # an iterator, a DataLoader of a stream
+            total = None
         disable = None if self.progress is None else not self.progress
         for raw in tqdm(loader, desc=description, total=total, disable=disable, leave=False):
             seen = True
@@ -202,8 +208,12 @@ def _tracked(net: nn.Module, wanted: Sequence[str | type[nn.Module]] | None) -> 
     if wanted is None:
         chosen = weighted
     else:
+        if isinstance(wanted, (str, type)) or not isinstance(wanted, Sequence):
+            raise TypeError(f"layers must be a list or another sequence of names and module types, got {wanted!r}")
         chosen = {}
         for entry in wanted:
+            if not isinstance(entry, (str, type)):
+                raise TypeError(f"layers must hold names and module types, got {entry!r}")
             if isinstance(entry, type):
                 found = {name: module for name, module in weighted.items() if isinstance(module, entry)}
                 what = f"type {entry.__name__}"
@@ -258,6 +268,8 @@ def _between(layers: dict[str, Layer], start: str | int | None, last: str | int 
             if value not in layers:
                 raise ValueError(f"{which} {value!r} is not a tracked layer; they are {', '.join(map(repr, names))}")
             return names.index(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{which} must be a layer's name or position, got {value!r}")
         if not -len(names) <= value < len(names):
             raise ValueError(f"{which} {value} is out of range for {len(names)} tracked layers")
         return value % len(names)

@@ -59,7 +59,7 @@ class FirstOrderInfluenceCalculator:
             raise ValueError("curvature must be an IHVP object of this model, got one of another InfluenceModel")
         if sign not in SIGNS:
             raise ValueError(f"sign must be one of {', '.join(SIGNS)}, got {sign!r}")
-        if normalize not in (False, True, *NORMALIZATIONS):
+        if not isinstance(normalize, bool) and normalize not in NORMALIZATIONS:
             raise ValueError(
                 f"normalize must be False, True, {' or '.join(map(repr, NORMALIZATIONS))}, got {normalize!r}"
             )
@@ -152,9 +152,9 @@ class FirstOrderInfluenceCalculator:
             query = g if test is train else self._gradient_sum(test)
             value = _dot(query, P)
             if self.normalize == "theta":
-                value = _divide(value, _dot(P, P).sqrt())
+                value = _divide(value, _dot(P, P))
             elif self.normalize == "loss":
-                value = _divide(value, _dot(g, P).sqrt())
+                value = _divide(value, _dot(g, P))
             yield SIGNS[self.sign] * value.view(1, 1)
 
     def _gradient_sum(self, loader: Iterable[Any]) -> Vectors:
@@ -189,27 +189,27 @@ class FirstOrderInfluenceCalculator:
         """(batch, (Q,B) signed, normalised scores) for each training batch."""
         Q = next(iter(queries.values())).size
         for index, (raw, batch) in enumerate(self.model.passes(self._data(train_loader), "scores")):
-            scores = torch.zeros(Q, batch.size, dtype=self.model.dtype, device=self.model.device)
+            parts = [torch.zeros(Q, batch.size, dtype=self.model.dtype, device=self.model.device)]
 
             def sink(
                 layer: Layer,
                 a: Tensor,
                 delta: Tensor,
                 mask: Tensor | None,
-                scores: Tensor = scores,
+                parts: list[Tensor] = parts,
                 index: int = index,
             ) -> None:
-                scores += queries[layer.name].scores(layer, a, delta, mask)
-                check_finite(layer, index, score=scores)
+                parts[0] = parts[0] + queries[layer.name].scores(layer, a, delta, mask)
+                check_finite(layer, index, score=parts[0])
 
             capture(self.model, batch, sink, index=index)
-            yield raw, SIGNS[self.sign] * self._normalized(scores, batch, index)
+            yield raw, SIGNS[self.sign] * self._normalized(parts[0], batch, index)
 
     def _normalized(self, values: Tensor, batch: Batch, index: int) -> Tensor:
         if self.normalize is False:
             return values
         power = 2 if self.normalize == "theta" else 1
-        return _divide(values, self.curvature.quadratic(batch, power, index=index).sqrt())
+        return _divide(values, self.curvature.quadratic(batch, power, index=index))
 
 
 class _TopK:
@@ -244,6 +244,12 @@ def _dot(V: Vectors, W: Vectors) -> Tensor:
     return torch.stack([(V[name] * W[name]).sum() for name in V]).sum()
 
 
-def _divide(values: Tensor, norms: Tensor) -> Tensor:
-    """values / norms, zero where the norm is zero."""
+def _divide(values: Tensor, squares: Tensor) -> Tensor:
+    """values / sqrt(squares), zero where that is zero."""
+    if bool((squares < 0).any()):
+        raise torch.linalg.LinAlgError(
+            f"normalize needs a positive curvature, got g^T (F + damping I)^-1 g = {float(squares.min()):.3g}; "
+            "a larger damping helps"
+        )
+    norms = squares.sqrt()
     return torch.where(norms > 0, values / norms.clamp_min(torch.finfo(norms.dtype).tiny), values.new_zeros(()))

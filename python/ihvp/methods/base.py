@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -162,13 +162,15 @@ class IHVP(ABC):
             "layers": json.dumps(layers),
         }
         state = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
-        descriptor, temporary = tempfile.mkstemp(prefix=target.name, suffix=".tmp", dir=target.parent)
-        os.close(descriptor)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # what the umask allows; save_file would keep the file to its owner
             save_file(state, temporary, metadata=metadata)
+            temporary.chmod(mode)
             os.replace(temporary, target)
         except BaseException:
-            os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
             raise
 
     def _check_fitted(self) -> None:
@@ -215,13 +217,13 @@ class LayerwiseIHVP(IHVP):
 
     def quadratic(self, batch: Batch, power: int = 1, *, index: int = 0) -> Tensor:
         self._check_fitted()
-        total = torch.zeros(batch.size, dtype=self.model.dtype, device=self.model.device)
+        parts = [torch.zeros(batch.size, dtype=self.model.dtype, device=self.model.device)]
 
         def sink(layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
-            total.add_(self._quadratic_layer(layer, a, delta, mask, power))
+            parts.append(self._quadratic_layer(layer, a, delta, mask, power))
 
         capture(self.model, batch, sink, index=index)
-        return total
+        return torch.stack(parts).sum(0)
 
     @abstractmethod
     def _quadratic_layer(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None, power: int) -> Tensor:
@@ -267,7 +269,11 @@ def check_damping(damping: Any) -> None:
 
 def resolve_damping(damping: Damping, mean_eigenvalue: float) -> float:
     """ "auto" is 0.1 times the mean eigenvalue."""
-    return 0.1 * mean_eigenvalue if isinstance(damping, str) else float(damping)
+    if not isinstance(damping, str):
+        return float(damping)
+    if mean_eigenvalue < 0:
+        raise torch.linalg.LinAlgError(f'damping="auto" needs a mean eigenvalue >= 0, got {mean_eigenvalue:.3g}')
+    return 0.1 * mean_eigenvalue
 
 
 def check_regular(where: str, smallest: float, largest: float, damping: float) -> None:

@@ -46,6 +46,9 @@ class ExactIHVP(IHVP):
         rcond: float | None = None,
         train_hessian: Tensor | None = None,
     ) -> None:
+        p = model.nb_params if isinstance(model, InfluenceModel) else 0
+        if train_hessian is not None and tuple(train_hessian.shape) != (p, p):
+            raise ValueError(f"train_hessian (p,p) must be {(p, p)}, got {tuple(train_hessian.shape)}")
         if curvature not in CURVATURES:
             raise ValueError(f"curvature must be one of {', '.join(CURVATURES)}, got {curvature!r}")
         if rcond is not None and not 0 <= rcond < 1:
@@ -70,14 +73,15 @@ class ExactIHVP(IHVP):
 
     def fit(self, loader: Iterable[Any]) -> ExactIHVP:
         model = self.model
-        total = torch.zeros(model.nb_params, model.nb_params, dtype=torch.float64, device=model.device)
+        with torch.inference_mode(False):
+            total = torch.zeros(model.nb_params, model.nb_params, dtype=torch.float64, device=model.device)
         examples = 0
         add = _add_hessian if self.curvature == "hessian" else _add_gauss_newton
         for index, batch in batches(model, loader, self.curvature):
             with torch.inference_mode(False), torch.enable_grad(), untouched(model.net):
                 for p in model.net.parameters():
                     p.requires_grad_(False)
-                add(total, model, batch)
+                add(total, model, batch.outside_inference())
             if not bool(total.diagonal().sum().isfinite()):
                 raise FloatingPointError(f"the {self.curvature} of batch {index} is not finite")
             examples += batch.size
@@ -94,7 +98,9 @@ class ExactIHVP(IHVP):
         value = resolve_damping(damping, float(self._values.mean()))
         shifted = self._values + value
         largest, smallest = float(shifted.abs().max()), float(shifted.abs().min())
-        cut = (len(shifted) * torch.finfo(self.model.dtype).eps if self.rcond is None else self.rcond) * largest
+        # Undamped, zero eigenvalues come out as large as the derivatives' rounding.
+        rounding = torch.finfo(self.model.dtype if value == 0 else torch.float64).eps * len(shifted)
+        cut = (rounding if self.rcond is None else self.rcond) * largest
         kept = shifted.abs() > cut
         if self.rcond is None and not bool(kept.all()):
             raise torch.linalg.LinAlgError(
@@ -132,23 +138,19 @@ def _parameters(model: InfluenceModel) -> tuple[Tensor, Callable[[Tensor], dict[
 
 
 def _add_hessian(total: Tensor, model: InfluenceModel, batch: Batch) -> None:
-    """total += sum_n of the Hessian of the loss: its rows by forward over reverse differentiation."""
+    """total += sum_n of the Hessian of the loss: its rows by reverse over reverse differentiation."""
     theta, by_name = _parameters(model)
 
     def loss(flat: Tensor) -> Tensor:
         outputs = torch.func.functional_call(model.net, by_name(flat), batch.args, dict(batch.kwargs))
         return model.losses(outputs, batch, batch.targets).sum()
 
-    gradient = torch.func.grad(loss)
-
-    def product(v: Tensor) -> Tensor:
-        tangent: Tensor = torch.func.jvp(gradient, (theta,), (v,))[1]
-        return tangent
-
+    pull_back = torch.func.vjp(torch.func.grad(loss), theta)[1]
     for start in range(0, len(theta), CHUNK):
         rows = torch.arange(start, min(start + CHUNK, len(theta)), device=theta.device)
         directions = torch.nn.functional.one_hot(rows, len(theta)).to(theta.dtype)
-        total[rows] += torch.vmap(product, randomness="same")(directions).double()
+        (products,) = torch.vmap(pull_back, randomness="same")(directions)
+        total[rows] += products.double()
 
 
 def _add_gauss_newton(total: Tensor, model: InfluenceModel, batch: Batch) -> None:
@@ -166,14 +168,15 @@ def _add_gauss_newton(total: Tensor, model: InfluenceModel, batch: Batch) -> Non
     pulled = torch.func.vjp(forward, theta)
     outputs, pull_back = pulled[0], pulled[1]
     leaf = outputs.detach().requires_grad_()
-    first = torch.autograd.grad(model.losses(leaf, batch, batch.targets).sum(), leaf, create_graph=True)[0].flatten(1)
+    first = torch.autograd.grad(model.losses(leaf, batch, batch.targets).sum(), leaf, create_graph=True)[0]
+    first = first.reshape(batch.size, -1)
     N, K = first.shape
     H = torch.zeros(N, K, K, dtype=torch.float64, device=theta.device)
     for k in range(K):
         if first.requires_grad:
             row = torch.autograd.grad(first[:, k].sum(), leaf, retain_graph=True, allow_unused=True)[0]
             if row is not None:
-                H[:, k] = row.flatten(1)
+                H[:, k] = row.reshape(N, K)
     step = max(1, CHUNK // K)
     for n in range(0, N, step):
         count = min(step, N - n)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ihvp import ops
 from ihvp.capture import capture
-from ihvp.methods.base import IHVP, Damping, Vectors, batches, check_finite, check_reached, resolve_damping
+from ihvp.methods.base import IHVP, Damping, Vectors, batches, check_reached, resolve_damping
 from ihvp.methods.full import flatten, unflatten
 from ihvp.methods.kronecker import check_fisher, target_generator
 from ihvp.methods.queries import masked, written_out
@@ -70,10 +70,7 @@ class FisherIHVP(IHVP):
         for index, batch in batches(model, loader, "Fisher"):
             own: Tokens = {}
 
-            def sink(
-                layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None, own: Tokens = own, index: int = index
-            ) -> None:
-                check_finite(layer, index, input=masked(a, mask), output_gradient=masked(delta, mask))
+            def sink(layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None, own: Tokens = own) -> None:
                 own[layer.name] = (masked(written_out(layer, a), mask), masked(delta, mask))
 
             capture(model, batch, sink, index=index, generator=generator)

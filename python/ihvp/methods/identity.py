@@ -42,7 +42,7 @@ class IdentityIHVP(LayerwiseIHVP):
         return dict(V)
 
     def _queries_layer(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> LayerQueries:
-        return TokenQueries(written_out(layer, a), masked(delta, mask) * self._scale(self.damping))
+        return TokenQueries(masked(written_out(layer, a), mask), masked(delta, mask) * self._scale(self.damping))
 
     def _quadratic_layer(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None, power: int) -> Tensor:
         return ops.ghost_norm(a, delta, mask=mask, bias=layer.bias) * self._scale(self.damping) ** power

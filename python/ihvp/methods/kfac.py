@@ -139,7 +139,7 @@ class KFACIHVP(LayerwiseIHVP):
     def _solved_tokens(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The solution of a rank-one token is the pair of solved tokens: G^-1 delta a^T A^-1."""
         L_A, L_G = self._factorized(layer.name, self._damping(layer.name, self.damping))
-        x, d = written_out(layer, a), masked(delta, mask)
+        x, d = masked(written_out(layer, a), mask), masked(delta, mask)
         return _cholesky_rows(x, L_A), _cholesky_rows(d, L_G)
 
     def _queries_layer(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> LayerQueries:
@@ -154,7 +154,7 @@ class KFACIHVP(LayerwiseIHVP):
             Lambda = self._regular(layer.name, value)
             return eigenbasis_quadratic(layer, a, delta, mask, own.U_A, own.U_G, Lambda, value, power)
         L_A, L_G = self._factorized(layer.name, self._damping(layer.name, self.damping))
-        x, d = written_out(layer, a), masked(delta, mask)
+        x, d = masked(written_out(layer, a), mask), masked(delta, mask)
         if power == 2:
             return ops.ghost_norm(_cholesky_rows(x, L_A), _cholesky_rows(d, L_G))
         return ops.ghost_norm(_half_rows(x, L_A), _half_rows(d, L_G))

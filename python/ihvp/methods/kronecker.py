@@ -166,5 +166,5 @@ def read_sums(model: InfluenceModel, state: dict[str, Tensor]) -> tuple[dict[str
         }
         positions, examples = state[f"{name}/counts"].tolist()
         sums[name] = CovarianceSums(own["sum_A"], own["sum_G"], positions, examples)
-        eigen[name] = Eigen(own["values_A"], own["values_G"], own["U_A"], own["U_G"])
+        eigen[name] = Eigen(own["values_A"], own["values_G"], own["U_A"].to(model.dtype), own["U_G"].to(model.dtype))
     return sums, eigen

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -20,13 +21,15 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def check_tensors(**tensors: Tensor | None) -> None:
-    """Every argument that is given is a dense floating point tensor with data, all on one device, outside autograd."""
+def check_tensors(optional: Mapping[str, Tensor | None] | None = None, **tensors: Tensor) -> None:
+    """Every argument is a dense floating point tensor with data, all on one device, outside autograd.
+
+    Those in `optional` may be None.
+    """
     device: torch.device | None = None
     first = ""
-    for name, x in tensors.items():
-        if x is None:
-            continue
+    given = {name: x for name, x in (optional or {}).items() if x is not None}
+    for name, x in (tensors | given).items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.layout != torch.strided:
@@ -39,6 +42,8 @@ def check_tensors(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{name} requires grad, but ihvp's ops are not differentiable; pass {name}.detach()")
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(f"{name} carries a tangent, but ihvp's ops are not differentiable")
         if device is None:
             device, first = x.device, name
         elif x.device != device:
@@ -53,9 +58,13 @@ def check_flag(name: str, value: object) -> None:
 def check_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
 
 
 def check_accumulator(name: str, x: Tensor, *operands: Tensor | None) -> None:
@@ -63,6 +72,12 @@ def check_accumulator(name: str, x: Tensor, *operands: Tensor | None) -> None:
         raise TypeError(f"{name} must be float32 or float64, got {x.dtype}")
     if x.dtype != torch.float64 and compute_dtype(*operands) == torch.float64:
         raise TypeError(f"{name} must be float64 for float64 operands, got {x.dtype}")
+    reach = 1  # every index needs an address of its own
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and x.numel() > 0:
+            if stride < reach:
+                raise ValueError(f"{name} overlaps itself in memory: strides {x.stride()} of shape {shape_of(x)}")
+            reach += stride * (size - 1)
 
 
 def check_shape(name: str, x: Tensor | None, letters: str, shape: Sequence[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ DEVICES = {"reference": ("cpu", "cuda"), "native": ("cpu",), "triton": ("cuda",)
 _library = torch.library.Library("ihvp", "DEF")
 _ops: dict[str, Op] = {}
 _forced: list[str] = []
-_explaining: list[bool] = []
+_explaining: set[int] = set()  # the threads inside `explain`
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Op:
         _ops[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
-        if _explaining:
+        if _explaining and threading.get_ident() in _explaining:
             raise _ExplanationFound(self._explain(*args))
         return self._overload[0](*args)
 
@@ -157,13 +158,14 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """
     if getattr(op, "__name__", None) not in _ops:
         raise TypeError(f"op must be a function of ihvp.ops, got {op!r}")
-    _explaining.append(True)
+    thread = threading.get_ident()
+    _explaining.add(thread)
     try:
         op(*args, **kwargs)
     except _ExplanationFound as found:
         return found.explanation
     finally:
-        _explaining.pop()
+        _explaining.discard(thread)
     raise TypeError(f"op must be a function of ihvp.ops, got {op!r}")
 
 

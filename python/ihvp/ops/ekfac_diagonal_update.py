@@ -53,7 +53,7 @@ def ekfac_diagonal_update_(
 
     Source: George et al. 2018 (arXiv:1806.03884), eq. 9: s_i* = E[(U_A (x) U_G)^T grad]_i^2.
     """
-    check_tensors(Lambda=Lambda, a=a, delta=delta, U_A=U_A, U_G=U_G)
+    check_tensors({"U_A": U_A, "U_G": U_G}, Lambda=Lambda, a=a, delta=delta)
     check_flag("bias", bias)
     tokens_a, tokens_delta, mask = check_pair(a, delta, mask)
     I, O = features(a, bias), delta.shape[-1]

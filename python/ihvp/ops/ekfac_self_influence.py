@@ -51,7 +51,7 @@ def ekfac_self_influence(
 
     Source: Koh and Liang 2017 (arXiv:1703.04730), section 5.4, with the curvature of George et al. 2018.
     """
-    check_tensors(a=a, delta=delta, U_A=U_A, U_G=U_G, Lambda=Lambda)
+    check_tensors({"U_A": U_A, "U_G": U_G}, a=a, delta=delta, Lambda=Lambda)
     check_flag("bias", bias)
     tokens_a, tokens_delta, mask = check_pair(a, delta, mask)
     I, O = features(a, bias), delta.shape[-1]

@@ -41,11 +41,12 @@ def ekfac_solve(V: Tensor, U_A: Tensor, U_G: Tensor, Lambda: Tensor, damping: fl
     check_shape("U_A", U_A, "(I',I')", (I, I))
     check_shape("U_G", U_G, "(O,O)", (O, O))
     check_shape("Lambda", Lambda, "(O,I')", (O, I))
-    values = [check_number("damping", value) for value in (damping if isinstance(damping, Sequence) else [damping])]
+    several = isinstance(damping, Sequence) and not isinstance(damping, str)
+    values = [check_number("damping", value) for value in (damping if several else [damping])]  # type: ignore[union-attr]
     if any(value < 0 for value in values):
         raise ValueError(f"damping must not be negative, got {damping}")
     out: Tensor = _op(V if V.dim() == 3 else V.unsqueeze(0), U_A, U_G, Lambda, values)
-    return out.view(*([len(values)] if isinstance(damping, Sequence) else []), *V.shape)
+    return out.view(*([len(values)] if several else []), *V.shape)
 
 
 def reference(V: Tensor, U_A: Tensor, U_G: Tensor, Lambda: Tensor, damping: Sequence[float]) -> Tensor:

@@ -82,14 +82,14 @@ def candidates(
     Q, O, I = P.shape
     item = 8 if compute_dtype(P, a, delta) == torch.float64 else 4
     p, M = O * I, N * T
-    chunk = max(T, min(M, 2048))
+    chunk = max(T, min(M, 2048), 1)
     tokens = item * M * (O + I)
     query = Candidate(
         "query_first", 2 * Q * M * p, item * Q * p * max(1, M // chunk) + tokens, item * chunk * (O + I + Q)
     )
     if per_token or T == 1:
         return [query]
-    passes = max(1, N // max(1, min(64, chunk // T)))
+    passes = max(1, N // max(1, min(64, chunk // max(T, 1))))
     # A block of g is stored and read back once: the dots run at about half the rate of a plain product.
     gradient = Candidate(
         "gradient_first", 2 * M * p + 4 * Q * N * p, item * Q * p * passes + tokens, item * chunk * (O + I)

@@ -53,9 +53,9 @@ def reference(A: Tensor, G: Tensor, damping: float, split: str) -> tuple[Tensor,
     pi = 1.0
     if split == "pi":
         mean_A, mean_G = A.diagonal().mean().item(), G.diagonal().mean().item()
-        if not (mean_A > 0 and mean_G > 0):
+        if not (0 < mean_A < math.inf and 0 < mean_G < math.inf):
             raise torch.linalg.LinAlgError(
-                f'split="pi" needs positive traces, got mean diagonals {mean_A:.3g} of A and {mean_G:.3g} of G'
+                f'split="pi" needs finite, positive traces, got mean diagonals {mean_A:.3g} of A and {mean_G:.3g} of G'
             )
         pi = math.sqrt(mean_A / mean_G)
     factors = []
@@ -67,7 +67,7 @@ def reference(A: Tensor, G: Tensor, damping: float, split: str) -> tuple[Tensor,
             raise torch.linalg.LinAlgError(
                 f"{name} + {shift:.3g} I is not positive definite (leading minor {info.item()}); a larger damping helps"
             )
-        factors.append(L)
+        factors.append(L.contiguous())
     return factors[0], factors[1]
 
 

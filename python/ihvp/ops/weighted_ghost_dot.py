@@ -42,7 +42,8 @@ def weighted_ghost_dot(
         bias: a1 and a2 carry an implicit last feature 1, I' = I + 1.
 
     Returns:
-        (M,N), float64 if an operand is, float32 otherwise. The same bits for any number of threads.
+        (M,N), float64 if an operand is, float32 otherwise. The same bits for any number of threads. On a processor
+        with AMX a float32 product is made of three bfloat16 ones, with a relative error of about 4e-6.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or device, named with what was expected.
