@@ -96,13 +96,13 @@ class IHVP(ABC):
         """
         self._check_fitted()
         self._check_vectors(V)
-        if isinstance(damping, Sequence) and not isinstance(damping, str):
-            for value in damping:
-                check_damping(value)
-            return self._solve_several(V, list(damping))
-        single = self.damping if damping is None else damping
-        check_damping(single)
-        return self._solve(V, single)
+        if damping is None or isinstance(damping, (int, float, str)):
+            single = self.damping if damping is None else damping
+            check_damping(single)
+            return self._solve(V, single)
+        for value in damping:
+            check_damping(value)
+        return self._solve_several(V, list(damping))
 
     def _solve_several(self, V: Vectors, dampings: list[float]) -> Vectors:
         solutions = [self._solve(V, value) for value in dampings]

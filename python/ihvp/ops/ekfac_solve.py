@@ -41,7 +41,7 @@ def ekfac_solve(V: Tensor, U_A: Tensor, U_G: Tensor, Lambda: Tensor, damping: fl
     check_shape("U_A", U_A, "(I',I')", (I, I))
     check_shape("U_G", U_G, "(O,O)", (O, O))
     check_shape("Lambda", Lambda, "(O,I')", (O, I))
-    several = isinstance(damping, Sequence) and not isinstance(damping, str)
+    several = isinstance(damping, (list, tuple))
     values = [check_number("damping", value) for value in (damping if several else [damping])]  # type: ignore[union-attr]
     if any(value < 0 for value in values):
         raise ValueError(f"damping must not be negative, got {damping}")
