@@ -1,10 +1,12 @@
-"""python -m bench pipeline [--quick] [--output FILE]"""
+"""python -m bench pipeline [--quick] [--precision high] [--output FILE]"""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
+
+import torch
 
 from bench import pipeline
 
@@ -15,14 +17,19 @@ def main() -> None:
     command = commands.add_parser("pipeline", help="EKFAC end to end against kronfluence")
     command.add_argument("--quick", action="store_true", help="fewer repeats")
     command.add_argument("--output", type=Path, help="append JSON lines to this file")
+    command.add_argument(
+        "--precision", choices=("highest", "high"), default="highest", help="torch's float32 matmul precision, for both"
+    )
     child = commands.add_parser("_child")
     child.add_argument("library", choices=("ihvp", "kronfluence"))
     child.add_argument("folder", type=Path)
     child.add_argument("repeats", type=int)
+    child.add_argument("precision")
     arguments = parser.parse_args()
     if arguments.command == "pipeline":
-        pipeline.run(arguments.quick, arguments.output)
+        pipeline.run(arguments.quick, arguments.output, arguments.precision)
     else:
+        torch.set_float32_matmul_precision(arguments.precision)
         run = pipeline.run_ihvp if arguments.library == "ihvp" else pipeline.run_kronfluence
         print(json.dumps(run(arguments.folder, arguments.repeats)))
 

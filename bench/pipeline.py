@@ -1,7 +1,8 @@
 """EKFAC end to end against kronfluence: the same MLP, data, batches, Fisher and damping.
 
 Each library runs in a process of its own, so that memory is its own too: peak resident memory above that of the
-process with everything imported and the model and data made. Numbers are checked before a ratio is printed.
+process with everything imported and the model and data made. Numbers are checked before a ratio is printed. Both
+libraries run at the same float32 matmul precision of torch.
 """
 
 from __future__ import annotations
@@ -126,8 +127,8 @@ def lambda_in_their_basis(eigen: dict[str, dict[str, Tensor]]) -> dict[str, Tens
     return {name: x / EXAMPLES for name, x in total.items()}
 
 
-def child(library: str, folder: Path, repeats: int) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", "-m", "bench", "_child", library, str(folder), str(repeats)]
+def child(library: str, folder: Path, repeats: int, precision: str) -> dict[str, Any]:
+    command = [sys.executable, "-W", "ignore", "-m", "bench", "_child", library, str(folder), str(repeats), precision]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"the run of {library} failed:\n{done.stdout}\n{done.stderr}")
@@ -135,14 +136,14 @@ def child(library: str, folder: Path, repeats: int) -> dict[str, Any]:
     return result
 
 
-def run(quick: bool, output: Path | None) -> None:
+def run(quick: bool, output: Path | None, precision: str) -> None:
     print(json.dumps(machine()))
     with tempfile.TemporaryDirectory() as temporary:
         own_folder, peer_folder = Path(temporary, "ihvp"), Path(temporary, "kronfluence")
         own_folder.mkdir()
         peer_folder.mkdir()
-        peer = child("kronfluence", peer_folder, 1 if quick else 3)
-        own = child("ihvp", own_folder, 5 if quick else 9)
+        peer = child("kronfluence", peer_folder, 1 if quick else 3, precision)
+        own = child("ihvp", own_folder, 5 if quick else 9, precision)
 
         eigen = torch.load(peer_folder / "eigen.pt")
         theirs = torch.load(peer_folder / "lambda.pt")["lambda_matrix"]
@@ -161,7 +162,8 @@ def run(quick: bool, output: Path | None) -> None:
         ("scores", median(peer, "scores"), median(own, "scores"), "s"),
         ("memory", peer["memory"] / 1e6, own["memory"] / 1e6, "MB"),
     ]
-    print(f"\n{'EKFAC, MLP ' + '-'.join(map(str, SIZES)):<40}{'kronfluence':>14}{'ihvp':>12}{'ratio':>9}{'goal':>7}")
+    print(f'\ntorch.set_float32_matmul_precision("{precision}") in both')
+    print(f"{'EKFAC, MLP ' + '-'.join(map(str, SIZES)):<40}{'kronfluence':>14}{'ihvp':>12}{'ratio':>9}{'goal':>7}")
     for what, theirs_value, own_value, unit in rows:
         ratio = theirs_value / own_value
         print(f"{what:<40}{theirs_value:11.3f} {unit:<2}{own_value:9.3f} {unit:<2}{ratio:9.1f}{GOALS[what]:7.0f}")
@@ -169,4 +171,4 @@ def run(quick: bool, output: Path | None) -> None:
         print(f"  kronfluence {step}: {', '.join(f'{v:.2f}' for v in values)} s")
     for step, values in own["seconds"].items():
         print(f"  ihvp {step}: {', '.join(f'{v:.3f}' for v in values)} s")
-    write(output, [{"bench": "pipeline", "model": "mlp", "kronfluence": peer, "ihvp": own}])
+    write(output, [{"bench": "pipeline", "model": "mlp", "precision": precision, "kronfluence": peer, "ihvp": own}])

@@ -24,7 +24,7 @@ namespace ihvp {
 
 #ifdef IHVP_HAVE_AMX
 namespace amx {
-Status weighted_ghost_dot(View, View, View, View, View, View, View, View, bool, int);
+Status weighted_ghost_dot(View, View, View, View, View, View, View, View, bool, Precision, int);
 }
 #endif
 #ifdef IHVP_HAVE_AVX512
@@ -253,9 +253,13 @@ void ekfac_solve(py::handle out_, py::handle V_, py::handle U_A_, py::handle U_G
 }
 
 void weighted_ghost_dot(py::handle out_, py::handle a1_, py::handle delta1_, py::handle a2_, py::handle delta2_,
-                        py::handle weight_, py::handle mask1_, py::handle mask2_, bool bias, int threads) {
+                        py::handle weight_, py::handle mask1_, py::handle mask2_, bool bias,
+                        const std::string& precision_, int threads) {
     Argument out("out", out_), a1("a1", a1_), delta1("delta1", delta1_), a2("a2", a2_), delta2("delta2", delta2_),
         weight("weight", weight_), mask1("mask1", mask1_, true), mask2("mask2", mask2_, true);
+    if (precision_ != "highest" && precision_ != "high")
+        throw py::value_error("precision must be highest or high, got " + precision_);
+    Precision precision = precision_ == "high" ? Precision::high : Precision::highest;
     check_tokens(a1, delta1, mask1);
     check_tokens(a2, delta2, mask2);
     a1.shape({a1.view.shape[0], 1, a1.view.shape[2]});
@@ -270,7 +274,7 @@ void weighted_ghost_dot(py::handle out_, py::handle a1_, py::handle delta1_, py:
     if (out.empty()) return;
     call(threads, a1.view.shape[0] * a2.view.shape[0] * weight.view.shape[0] * weight.view.shape[1], [&](int threads) {
         return kernels->weighted_ghost_dot(out.view, a1.view, delta1.view, a2.view, delta2.view, weight.view,
-                                           mask1.view, mask2.view, bias, threads);
+                                           mask1.view, mask2.view, bias, precision, threads);
     });
 }
 
@@ -280,7 +284,7 @@ void gradient_dot(py::handle out_, py::handle P_, py::handle a_, py::handle delt
     Order order = order_named(order_, "query_first", Order::query_first);
     check_tokens(a, delta, mask);
     int64_t N = a.view.shape[0], T = a.view.shape[1], I = a.view.shape[2] + bias, O = delta.view.shape[2];
-    P.tokens().floating().shape({P.view.shape[0], O, I});
+    P.floating().shape({P.view.shape[0], O, I});
     DType type = P.wide() || a.wide() || delta.wide() ? DType::f64 : DType::f32;
     if (per_token)
         out.shape({P.view.shape[0], N, T});
@@ -352,7 +356,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("ekfac_solve", &ekfac_solve, arg("out"), arg("V"), arg("U_A"), arg("U_G"), arg("Lambda"), arg("damping"),
           arg("threads"));
     m.def("weighted_ghost_dot", &weighted_ghost_dot, arg("out"), arg("a1"), arg("delta1"), arg("a2"), arg("delta2"),
-          arg("weight"), arg("mask1"), arg("mask2"), arg("bias"), arg("threads"));
+          arg("weight"), arg("mask1"), arg("mask2"), arg("bias"), arg("precision"), arg("threads"));
     m.def("gradient_dot", &gradient_dot, arg("out"), arg("P"), arg("a"), arg("delta"), arg("mask"), arg("bias"),
           arg("per_token"), arg("order"), arg("threads"));
     m.def("kfac_solve", &kfac_solve, arg("out"), arg("V"), arg("L_A"), arg("L_G"), arg("threads"));

@@ -8,6 +8,9 @@ namespace ihvp {
 // `out_of_memory` is the only way in which a kernel can fail.
 enum class Status : int32_t { ok, out_of_memory };
 
+// What a float32 product may be made of: float32 accuracy, or the pieces of torch.set_float32_matmul_precision("high").
+enum class Precision : int32_t { highest, high };
+
 // Which contraction runs first; the cost model of the op decides.
 enum class Order : int32_t { project_first, gradient_first, query_first };
 
@@ -22,7 +25,7 @@ struct Kernels {
                                    View mask, bool bias, int threads);
     Status (*ekfac_solve)(View out, View V, View U_A, View U_G, View Lambda, View damping, int threads);
     Status (*weighted_ghost_dot)(View out, View a1, View delta1, View a2, View delta2, View weight, View mask1,
-                                 View mask2, bool bias, int threads);
+                                 View mask2, bool bias, Precision precision, int threads);
     Status (*gradient_dot)(View out, View P, View a, View delta, View mask, bool bias, bool per_token, Order order,
                            int threads);
     Status (*kfac_solve)(View out, View V, View L_A, View L_G, int threads);

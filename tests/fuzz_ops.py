@@ -102,7 +102,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 
 def random_call(rng: random.Random) -> Call:
     op = rng.choice(list(SPECS))
-    extents = (1, 1, 2, 3, 5, 9, 17, 50) if rng.random() < 0.8 else (0, 1, 2, 9)
+    extents = (1, 1, 2, 3, 5, 9, 17, 70) if rng.random() < 0.8 else (0, 1, 2, 9)
     dims = {letter: rng.choice(extents) for letter in "NMTSIOQR"}
     if rng.random() < 0.3:
         dims["T"] = None

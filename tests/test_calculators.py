@@ -107,6 +107,19 @@ def test_size_of_batches_does_not_matter(method: str) -> None:
         assert_near(dense.calculator.scores(tests, trains), one)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_an_empty_batch_is_no_example(method: str) -> None:
+    dense = Dense("tokens", method, normalize="theta")
+    empty = rows(dense.data.train, slice(0))
+    tests, trains = [empty, *dense.data.tests], [dense.train[0], empty, *dense.train[1:]]
+    want = dense.scores / dense.norms["theta"]
+    assert_near(dense.calculator.scores(tests, trains), want)
+    assert_near(dense.calculator.self_scores(trains), dense.self_scores / dense.norms["theta"])
+    found = list(dense.calculator.top_k(tests, trains, k=2))
+    assert [len(values) for _, values, _ in found] == [0, 2, 3, 4]
+    assert torch.equal(torch.cat([indices for _, _, indices in found]), want.topk(2).indices)
+
+
 class Routed(nn.Module):
     """Uses one of two layers, as the batch says."""
 

@@ -287,6 +287,7 @@ def test_a_mask_of_one_position_leaves_out_examples_of_a_plain_net() -> None:
     assert all(mask is not None and torch.equal(mask[:, 0], kept.bool()) for mask in seen.values())
     for name, g in captured(model, masked).items():
         assert_near(g, want[name] * kept.view(-1, 1, 1))
+    assert_near(capture(model, masked, ignore), capture(model, batch, ignore) * kept)
 
 
 class Point(NamedTuple):

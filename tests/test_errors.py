@@ -338,6 +338,11 @@ METHOD_ARGUMENTS: dict[str, Case] = {
         TypeError,
         r'damping must be a number or "auto"',
     ),
+    "solve: damping of a tensor": (
+        lambda: ekfac.solve(V, damping=torch.tensor(0.1)),
+        TypeError,
+        r"^damping must be .*number.*tensor\(0\.1",
+    ),
     "vectors: none": (lambda: ekfac.compute_ihvp([], use_gradient=False), ValueError, r"loader yielded no vectors"),
     "vectors: another shape": (
         lambda: ekfac.compute_hvp([{"0": V["0"]}], use_gradient=False),

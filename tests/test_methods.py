@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from nets import (
     kfac,
     plain,
     random_vectors,
+    rows,
     squared_error,
     tokens,
 )
@@ -299,6 +301,28 @@ def test_one_batch_of_64_is_eight_of_8(method: str, problem: str) -> None:
     assert_near_each(one.solve(V), eight.solve(V), 1e-13)
 
 
+@pytest.mark.parametrize("method", FITTED)
+def test_an_empty_batch_adds_nothing(method: str) -> None:
+    data = tokens()
+    model = data.model()
+    V = random_vectors(model)
+    first, *others = batches(data.train, 8)
+    with_empty = METHODS[method](model, [first, rows(first, slice(0)), *others], damping=DAMPING)
+    assert_near_each(with_empty.solve(V), METHODS[method](model, [first, *others], damping=DAMPING).solve(V))
+
+
+@pytest.mark.parametrize("method", ["diagonal", "fisher", "hessian", "gauss_newton"])
+def test_a_mask_of_one_position_weighs_an_example_with_zero(method: str) -> None:
+    """(N,1) masks examples of a plain net, for the captured tokens and for the loss alike."""
+    data = plain()
+    model = data.model()
+    V = random_vectors(model)
+    kept = torch.arange(29) % 3 > 0
+    masked = METHODS[method](model, [replace(data.train, mask=kept.unsqueeze(1))])
+    weighted = METHODS[method](model, [replace(data.train, weights=kept.double())])
+    assert_near_each(masked.multiply(V), weighted.multiply(V))
+
+
 @pytest.mark.parametrize("method", SAMPLING)
 def test_sampled_targets_do_not_depend_on_the_batch_size(method: str) -> None:
     data = tokens(64)
@@ -371,6 +395,15 @@ def test_sampled_fisher_converges_to_the_true_one(method: str) -> None:
     assert float((flat(empirical.multiply(random_vectors(model))) - flat(random_vectors(model)) @ true).norm()) > 0.1
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_both_passes_of_ekfac_draw_the_same_targets(seed: int) -> None:
+    """For one example the eigenvalues are then the products of those of G and A, whatever was drawn."""
+    data = plain(N=1)
+    curvature = EKFACIHVP(data.model(), [data.train], fisher="sampled", seed=seed)
+    for name, (A, G) in curvature.kfac_blocks.items():
+        assert_near(curvature.evals[name], torch.outer(torch.linalg.eigvalsh(G), torch.linalg.eigvalsh(A)))
+
+
 LAYOUTS = {
     "(N,C)": ((400,), lambda logits: logits),
     "(N,T,C)": ((100, 4), lambda logits: logits),
@@ -405,12 +438,15 @@ def test_ignored_targets_contribute_nothing_to_a_sampled_fisher(method: str) -> 
 
 
 def test_targets_may_be_drawn_by_the_user() -> None:
-    """Squared error is the loss of a unit normal distribution: its true Fisher matrix is Gauss-Newton's."""
+    """Squared error is the loss of a unit normal distribution: its true Fisher matrix is Gauss-Newton's.
+
+    What is drawn is a constant, even where it was made of outputs that autograd follows.
+    """
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 2)).double()
 
     def normal(outputs: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
-        return outputs.detach() + torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype)
+        return outputs + torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype)
 
     model = InfluenceModel(net, squared_error, sample_targets=normal, progress=False)
     data = Batch(args=(torch.randn(5, 3, dtype=F64).repeat(4000, 1),), targets=torch.zeros(20000, 2, dtype=F64))
@@ -449,7 +485,7 @@ def test_auto_damping_is_a_tenth_of_the_mean_eigenvalue_of_the_matrix(method: st
     assert_near(got, torch.linalg.solve(F + value * torch.eye(len(F), dtype=F64), flat(V).T).T)
 
 
-@pytest.mark.parametrize("dampings", [(0.1,), [3.0, 0.1, 1e-3]], ids=str)
+@pytest.mark.parametrize("dampings", [(0.1,), [3.0, 0.1, 1e-3], [0.2, "auto"], []], ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_several_dampings_are_one_by_one(method: str, dampings: Any) -> None:
     data = tokens()

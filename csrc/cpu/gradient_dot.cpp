@@ -104,7 +104,7 @@ template <class T>
 Status gradient_first(const View& out, const View& P, const Rows& a, const Rows& delta, int64_t N, int64_t positions,
                       int threads) {
     constexpr int64_t W = Panels<T>::width;
-    constexpr int64_t block_outputs = 32;  // rows of a block of g: with one panel of columns it fits the L2 cache
+    constexpr int64_t block_outputs = 16;  // rows of a block of g: a dot tile's operands stay in the L1 cache
     constexpr int64_t parts = 16;          // sums kept apart, so that their order does not follow the threads
     static_assert(block_outputs % tile_rows == 0, "a block holds whole tiles");
     int64_t Q = P.shape[0], I = a.features, O = delta.features;

@@ -61,17 +61,15 @@ struct Rows {
     const bool* mask;
     int64_t mask_outer, mask_inner;
 
-    bool real(int64_t row) const {
-        return mask == nullptr || mask[row / inner * mask_outer + row % inner * mask_inner];
-    }
-
+    // out = columns first..end of a row, as T.
     template <class T>
     void read(T* out, int64_t row, int64_t first, int64_t end) const {
-        if (!real(row)) {
+        int64_t outer = row < inner ? 0 : row / inner, within = row - outer * inner;  // a matrix needs no division
+        if (mask != nullptr && !mask[outer * mask_outer + within * mask_inner]) {
             for (int64_t i = first; i < end; ++i) *out++ = 0;
             return;
         }
-        int64_t at = row / inner * stride_outer + row % inner * stride_inner + first * stride_column;
+        int64_t at = outer * stride_outer + within * stride_inner + first * stride_column;
         int64_t count_stored = least(end, stored) - first;
         switch (dtype) {
             case DType::f32:

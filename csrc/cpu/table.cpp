@@ -13,7 +13,7 @@ Status eigenbasis_rotate(View, View, View, View, bool, int);
 Status ekfac_diagonal_update(View, View, View, View, View, View, bool, Order, int);
 Status ekfac_self_influence(View, View, View, View, View, View, double, View, bool, int);
 Status ekfac_solve(View, View, View, View, View, View, int);
-Status weighted_ghost_dot(View, View, View, View, View, View, View, View, bool, int);
+Status weighted_ghost_dot(View, View, View, View, View, View, View, View, bool, Precision, int);
 Status gradient_dot(View, View, View, View, View, bool, bool, Order, int);
 Status kfac_solve(View, View, View, View, int);
 

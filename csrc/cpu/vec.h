@@ -43,9 +43,12 @@ IHVP_INLINE void store(T* p, Vec<T> v) {
 
 template <class T>
 IHVP_INLINE T sum_lanes(Vec<T> v) {
-    T total = 0;
-    for (int i = 0; i < Lanes<T>::width; ++i) total += v[i];
-    return total;
+    T lanes[Lanes<T>::width];
+    store(lanes, v);
+    for (int half = Lanes<T>::width / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    }
+    return lanes[0];
 }
 
 IHVP_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -66,7 +66,7 @@ Status run(const View& out, const Rows& x1, const Rows& y1, const Rows& x2, cons
 }  // namespace
 
 Status weighted_ghost_dot(View out, View a1, View delta1, View a2, View delta2, View weight, View mask1, View mask2,
-                          bool bias, int threads) {
+                          bool bias, Precision, int threads) {
     Rows x1 = token_rows(a1, mask1, bias), x2 = token_rows(a2, mask2, bias);
     Rows y1 = token_rows(delta1, mask1, false), y2 = token_rows(delta2, mask2, false);
     bool swap = y1.features > x1.features;  // contract over the longer side

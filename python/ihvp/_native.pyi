@@ -45,6 +45,7 @@ def weighted_ghost_dot(
     mask1: Tensor | None,
     mask2: Tensor | None,
     bias: bool,
+    precision: str,
     threads: int,
 ) -> None: ...
 def gradient_dot(

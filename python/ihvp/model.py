@@ -162,13 +162,16 @@ class InfluenceModel:
                     )
                 losses = torch.where(batch.mask, losses, losses.new_zeros(()))
             losses = losses.sum(1)
+        elif batch.mask is not None and batch.mask.shape[1] == 1:
+            losses = torch.where(batch.mask[:, 0], losses, losses.new_zeros(()))
         return losses if batch.weights is None else losses * batch.weights
 
     def draw_targets(self, outputs: Any, targets: Any, generator: torch.Generator) -> Any:
         """Targets from the model's own predictive distribution."""
-        if self.sample_targets is not None:
-            return self.sample_targets(outputs, targets, generator)
-        return draw_classes(outputs, targets, generator)
+        with torch.no_grad():  # the targets are data: no gradient flows through the draw
+            if self.sample_targets is not None:
+                return self.sample_targets(outputs, targets, generator)
+            return draw_classes(outputs, targets, generator)
 
 
 def draw_classes(outputs: Any, targets: Any, generator: torch.Generator) -> Tensor:

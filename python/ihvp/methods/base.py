@@ -82,13 +82,13 @@ class IHVP(ABC):
 
     # --- what all of them answer ------------------------------------------------------------------------------
 
-    def solve(self, V: Vectors, damping: Damping | Sequence[float] | None = None) -> Vectors:
+    def solve(self, V: Vectors, damping: Damping | Sequence[Damping] | None = None) -> Vectors:
         """(F + damping I)^-1 V.
 
         Args:
             V: layer name -> (Q,O,I'), of every tracked layer.
-            damping: None: the object's own. A sequence of D numbers solves for all of them and puts a dimension D in
-                front: (D,Q,O,I').
+            damping: None: the object's own. A sequence of D solves for all of them and puts a dimension D in front:
+                (D,Q,O,I').
 
         Raises:
             RuntimeError: not fitted. ValueError: V does not fit the layers, or a damping is negative.
@@ -100,11 +100,15 @@ class IHVP(ABC):
             single = self.damping if damping is None else damping
             check_damping(single)
             return self._solve(V, single)
+        if not isinstance(damping, Sequence):
+            raise TypeError(f'damping must be a number, "auto" or a sequence of them, got {damping!r}')
         for value in damping:
             check_damping(value)
+        if not damping:
+            return {name: v.new_empty(0, *v.shape) for name, v in V.items()}
         return self._solve_several(V, list(damping))
 
-    def _solve_several(self, V: Vectors, dampings: list[float]) -> Vectors:
+    def _solve_several(self, V: Vectors, dampings: list[Damping]) -> Vectors:
         solutions = [self._solve(V, value) for value in dampings]
         return {name: torch.stack([solution[name] for solution in solutions]) for name in V}
 

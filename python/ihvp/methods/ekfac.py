@@ -145,13 +145,12 @@ class EKFACIHVP(LayerwiseIHVP):
         own, Lambda, value = self._regular(name, damping)
         return ops.ekfac_solve(V, own.U_A, own.U_G, Lambda, value)
 
-    def _solve_several(self, V: Vectors, dampings: list[float]) -> Vectors:
+    def _solve_several(self, V: Vectors, dampings: list[Damping]) -> Vectors:
         """All dampings share the rotation into the eigenbasis."""
         solutions = {}
         for name, v in V.items():
-            for value in dampings:
-                own, Lambda, _ = self._regular(name, value)
-            solutions[name] = ops.ekfac_solve(v, own.U_A, own.U_G, Lambda, dampings)
+            own, values = self._eigen[name], [self._regular(name, damping)[2] for damping in dampings]
+            solutions[name] = ops.ekfac_solve(v, own.U_A, own.U_G, self._Lambda[name], values)
         return solutions
 
     def _multiply(self, V: Vectors) -> Vectors:

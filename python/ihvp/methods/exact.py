@@ -169,7 +169,7 @@ def _add_gauss_newton(total: Tensor, model: InfluenceModel, batch: Batch) -> Non
     outputs, pull_back = pulled[0], pulled[1]
     leaf = outputs.detach().requires_grad_()
     first = torch.autograd.grad(model.losses(leaf, batch, batch.targets).sum(), leaf, create_graph=True)[0]
-    first = first.reshape(batch.size, -1)
+    first = first.flatten(1) if first.dim() > 1 else first.unsqueeze(1)
     N, K = first.shape
     H = torch.zeros(N, K, K, dtype=torch.float64, device=theta.device)
     for k in range(K):

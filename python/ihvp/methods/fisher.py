@@ -25,7 +25,8 @@ class FisherIHVP(IHVP):
 
     While there are fewer examples than parameters p, the examples' tokens are kept and systems are solved by the
     N x N kernel K = G G^T, by Woodbury: (F + damping I)^-1 v = (v - G^T (K + N damping I)^-1 G v) / damping, where row
-    n of G is g_n, never formed. From N = p on, the p x p matrix is summed instead. Both solve by Cholesky in float64.
+    n of G is g_n, never formed. From N = p on, the p x p matrix is summed instead. Both solve by Cholesky in float64;
+    Woodbury's subtraction loses digits at tiny dampings (1e-9 relative at 1e-7 of the largest eigenvalue).
 
     Args:
         damping: a number >= 0, or "auto": 0.1 times the mean eigenvalue of F.

@@ -32,8 +32,10 @@ def check_tensors(optional: Mapping[str, Tensor | None] | None = None, **tensors
     for name, x in (tensors | given).items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+        if x.layout != torch.strided or x.is_nested:
+            raise TypeError(
+                f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else f'layout {x.layout}'}"
+            )
         if x.device.type == "meta":
             raise ValueError(f"{name} is a meta tensor: it has a shape but no data")
         if x.device.type not in ("cpu", "cuda"):
@@ -72,6 +74,8 @@ def check_accumulator(name: str, x: Tensor, *operands: Tensor | None) -> None:
         raise TypeError(f"{name} must be float32 or float64, got {x.dtype}")
     if x.dtype != torch.float64 and compute_dtype(*operands) == torch.float64:
         raise TypeError(f"{name} must be float64 for float64 operands, got {x.dtype}")
+    if not torch.compiler.is_compiling() and x.is_neg():
+        raise ValueError(f"{name} must own its memory, got a negated view; pass {name}.resolve_neg()")
     reach = 1  # every index needs an address of its own
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and x.numel() > 0:

@@ -16,7 +16,16 @@ DEVICES = {"reference": ("cpu", "cuda"), "native": ("cpu",), "triton": ("cuda",)
 
 _library = torch.library.Library("ihvp", "DEF")
 _ops: dict[str, Op] = {}
-_forced: list[str] = []
+
+
+@dataclass(frozen=True, eq=False)
+class _Forced:
+    """One `use`, the innermost at the end of `_forced`."""
+
+    implementation: str
+
+
+_forced: list[_Forced] = []
 _explaining: set[int] = set()  # the threads inside `explain`
 
 
@@ -101,12 +110,13 @@ class Op:
         device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
         present = [name for name in self.implementations if device in DEVICES[name]]
         if _forced:
-            if _forced[-1] not in present:
+            name = _forced[-1].implementation
+            if name not in present:
                 raise RuntimeError(
-                    f'{self.name} has no "{_forced[-1]}" implementation for {device} tensors; it has '
+                    f'{self.name} has no "{name}" implementation for {device} tensors; it has '
                     + ", ".join(f'"{name}"' for name in present)
                 )
-            return _forced[-1], "forced by ihvp.use"
+            return name, "forced by ihvp.use"
         name = "native" if "native" in present else "reference"
         return name, f"of {', '.join(present)} on {device}"
 
@@ -141,11 +151,12 @@ def use(implementation: str) -> Iterator[None]:
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
-    _forced.append(implementation)
+    own = _Forced(implementation)
+    _forced.append(own)
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.remove(own)  # not the last one: threads may leave in another order
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
