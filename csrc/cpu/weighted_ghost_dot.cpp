@@ -13,7 +13,7 @@ constexpr int64_t chunk_examples = 2048;
 
 template <class T>
 Status run(const View& out, const Rows& x1, const Rows& y1, const Rows& x2, const Rows& y2, const Rows& weight,
-           int threads) {
+           bool rows_are_columns, int threads) {
     constexpr int64_t W = Panels<T>::width;
     int64_t M = x1.count, N = x2.count, I = x1.features, O = y1.features;
     int64_t depth = least(N, chunk_examples), padded = ceil_div(O, W) * W;
@@ -24,7 +24,11 @@ Status run(const View& out, const Rows& x1, const Rows& y1, const Rows& x2, cons
     space.plan<T>(threads * (I * W + I + padded));
     if (!space.allocate()) return Status::out_of_memory;
     Panels<T> w{space.take<T>(Panels<T>::size(I, O)), I, O};
-    pack_straight(w, weight, 0, threads);
+    if (rows_are_columns) {
+        pack_transposed(w, weight, 0, threads);
+    } else {
+        pack_straight(w, weight, 0, threads);
+    }
     T* memory_x = space.take<T>(Panels<T>::size(I, depth));
     T* memory_y = space.take<T>(Panels<T>::size(depth, O));
     T* scratch = space.take<T>(threads * (I * W + I + padded));
@@ -72,8 +76,8 @@ Status weighted_ghost_dot(View out, View a1, View delta1, View a2, View delta2, 
     bool swap = y1.features > x1.features;  // contract over the longer side
     return IHVP_COMPUTE(out.dtype == DType::f64, [&](auto zero) {
         using T = decltype(zero);
-        return swap ? run<T>(out, y1, x1, y2, x2, matrix_rows(weight), threads)
-                    : run<T>(out, x1, y1, x2, y2, matrix_rows(weight, true), threads);
+        return swap ? run<T>(out, y1, x1, y2, x2, matrix_rows(weight), false, threads)
+                    : run<T>(out, x1, y1, x2, y2, matrix_rows(weight), true, threads);
     });
 }
 

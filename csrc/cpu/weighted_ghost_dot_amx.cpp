@@ -1,9 +1,9 @@
 // S[m,n] = sum_o y1[m,o] y2[n,o] (sum_i x1[m,i] x2[n,i] weight[i,o]) for float32, on bfloat16 tile products (AMX).
-// Each factor v of the inner product is split into pieces, v_0 = bf16(v), v_1 = bf16(v - v_0), ..., and
-//     v w ~ sum over p + q < pieces of v_p w_q, summed in float32.
-// Three pieces hold all of a float32: six products with float32's own accuracy. Two pieces leave up to 2^-16 of each
-// factor: three products, relative error about 4e-6 on data of mixed size and sign, at most 5e-5.
-// Tiles flush denormals, so numbers below 1e-33 lose their last pieces.
+// Each factor v of the inner product is split into hi = bf16(v), lo = bf16(v - hi), and
+//     v w ~ hi_v hi_w + hi_v lo_w + lo_v hi_w, summed in float32.
+// hi + lo leaves up to 2^-16 of a factor: the relative error is about 4e-6 on data of mixed size and sign, at most
+// 5e-5, so this serves where torch's float32 matmul precision is below "highest". Three pieces and six products would
+// have float32's accuracy, but were no faster than AVX-512. Tiles flush denormals: below 1e-35 lo is lost.
 #include <immintrin.h>
 
 #include "engine.h"
@@ -21,11 +21,9 @@ namespace {
 constexpr int64_t chunk_examples = 2048;
 constexpr int64_t step = 32;            // k of one tile product
 constexpr int64_t tile_elements = 512;  // bfloat16 numbers of a tile: 16 rows of 32
-// The k block: its split rows stay in the L1 cache (32 KB, 30 KB).
-template <int pieces>
-constexpr int64_t block_steps = pieces == 2 ? 8 : 5;
-template <int pieces>
-constexpr int64_t step_elements = 2 * pieces * tile_elements;  // of one operand: two tiles a piece
+// The k block: its split rows, 32 KB, stay in the L1 cache.
+constexpr int64_t block_steps = 8;
+constexpr int64_t step_elements = 4 * tile_elements;  // of one operand: two tiles of hi, two of lo
 
 struct __attribute__((packed)) TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -33,10 +31,9 @@ struct __attribute__((packed)) TileConfig {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// 32 numbers as bfloat16 pieces.
-template <int pieces>
-IHVP_INLINE void split(__m512i (&out)[pieces], __m512 first, __m512 second) {
-    for (int p = 0; p < pieces; ++p) {
+// 32 numbers as hi and lo.
+IHVP_INLINE void split(__m512i (&out)[2], __m512 first, __m512 second) {
+    for (int p = 0; p < 2; ++p) {
         out[p] = (__m512i)_mm512_cvtne2ps_pbh(second, first);
         __m512i bits_first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(out[p]));
         __m512i bits_second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(out[p], 1));
@@ -45,24 +42,31 @@ IHVP_INLINE void split(__m512i (&out)[pieces], __m512 first, __m512 second) {
     }
 }
 
-// A block of 32 columns of the weight: for each step of 32 k and each piece two tiles of 16 columns, in which row r
+// A block of 32 columns of the weight: for each step of 32 k and hi and lo two tiles of 16 columns, in which row r
 // holds the pairs k = 2 r, 2 r + 1.
-template <int pieces>
-void pack_weight(uint16_t* out, const Rows& weight, int64_t steps, int64_t block, float* rows) {
-    int64_t columns = least(32, weight.features - block * 32);
+void pack_weight(uint16_t* out, const Rows& weight, bool rows_are_columns, int64_t steps, int64_t block, float* rows) {
+    float part[32 * 32];
+    int64_t K = rows_are_columns ? weight.features : weight.count,
+            O = rows_are_columns ? weight.count : weight.features;
+    int64_t columns = least(32, O - block * 32);
     for (int64_t s = 0; s < steps; ++s) {
-        for (int64_t k = 0; k < step; ++k) {
-            float* row = rows + k * 32;
-            for (int64_t c = 0; c < 32; ++c) row[c] = 0;
-            if (s * step + k < weight.count) weight.read(row, s * step + k, block * 32, block * 32 + columns);
+        int64_t k0 = s * step, depth = least(step, K - k0);
+        for (int64_t e = 0; e < 32 * step; ++e) rows[e] = 0;
+        if (rows_are_columns) {
+            for (int64_t c = 0; c < columns; ++c) weight.read(part + c * step, block * 32 + c, k0, k0 + depth);
+            for (int64_t k = 0; k < depth; ++k) {
+                for (int64_t c = 0; c < columns; ++c) rows[k * 32 + c] = part[c * step + k];
+            }
+        } else {
+            for (int64_t k = 0; k < depth; ++k) weight.read(rows + k * 32, k0 + k, block * 32, block * 32 + columns);
         }
-        uint16_t* tiles = out + (block * steps + s) * step_elements<pieces>;
+        uint16_t* tiles = out + (block * steps + s) * step_elements;
         for (int64_t half = 0; half < 2; ++half) {
             for (int64_t r = 0; r < 16; ++r) {
                 const float* even = rows + 2 * r * 32 + half * 16;
-                __m512i values[pieces];
+                __m512i values[2];
                 split(values, _mm512_loadu_ps(even), _mm512_loadu_ps(even + 32));
-                for (int p = 0; p < pieces; ++p) {
+                for (int p = 0; p < 2; ++p) {
                     uint16_t bits[32];  // 16 columns of the even k, then of the odd
                     _mm512_storeu_si512(bits, values[p]);
                     uint16_t* to = tiles + (2 * p + half) * tile_elements + r * 32;
@@ -76,27 +80,25 @@ void pack_weight(uint16_t* out, const Rows& weight, int64_t steps, int64_t block
     }
 }
 
-// The rows n of x1[m] * x2[n] for steps s0..s1: for each step and piece two tiles of 16 rows.
-template <int pieces>
+// The rows n of x1[m] * x2[n] for steps s0..s1: for each step, hi and lo two tiles of 16 rows.
 void pack_products(uint16_t* out, const float* row1, const float* rows2, int64_t stride, int64_t count, int64_t s0,
                    int64_t s1) {
     for (int64_t s = s0; s < s1; ++s) {
-        uint16_t* tiles = out + (s - s0) * step_elements<pieces>;
+        uint16_t* tiles = out + (s - s0) * step_elements;
         __m512 scale_first = _mm512_loadu_ps(row1 + s * step), scale_second = _mm512_loadu_ps(row1 + s * step + 16);
         for (int64_t r = 0; r < 32; ++r) {
-            __m512i values[pieces] = {};
+            __m512i values[2] = {};
             if (r < count) {
                 const float* row = rows2 + r * stride + s * step;
                 split(values, _mm512_loadu_ps(row) * scale_first, _mm512_loadu_ps(row + 16) * scale_second);
             }
-            for (int p = 0; p < pieces; ++p)
+            for (int p = 0; p < 2; ++p)
                 _mm512_storeu_si512(tiles + (2 * p + r / 16) * tile_elements + r % 16 * 32, values[p]);
         }
     }
 }
 
 // sums (four tiles of 16 x 16, row halves outer) (+)= the split product over `steps` steps.
-template <int pieces>
 IHVP_INLINE void multiply_tiles(float* sums, bool first, const uint16_t* x, const uint16_t* w, int64_t steps) {
     if (first) {
         _tile_zero(0);
@@ -109,11 +111,11 @@ IHVP_INLINE void multiply_tiles(float* sums, bool first, const uint16_t* x, cons
         _tile_loadd(2, sums + 512, 64);
         _tile_loadd(3, sums + 768, 64);
     }
-    for (int64_t s = 0; s < steps; ++s, x += step_elements<pieces>, w += step_elements<pieces>) {
-        for (int p = 0; p < pieces; ++p) {
+    for (int64_t s = 0; s < steps; ++s, x += step_elements, w += step_elements) {
+        for (int p = 0; p < 2; ++p) {
             _tile_loadd(4, x + 2 * p * tile_elements, 64);
             _tile_loadd(5, x + (2 * p + 1) * tile_elements, 64);
-            for (int q = 0; p + q < pieces; ++q) {
+            for (int q = 0; p + q < 2; ++q) {
                 _tile_loadd(6, w + 2 * q * tile_elements, 64);
                 _tile_dpbf16ps(0, 4, 6);
                 _tile_dpbf16ps(2, 5, 6);
@@ -134,28 +136,27 @@ void read_padded(float* out, const Rows& rows, int64_t row, int64_t padded) {
     for (int64_t c = rows.features; c < padded; ++c) out[c] = 0;
 }
 
-template <int pieces>
 Status run(const View& out, const Rows& x1, const Rows& y1, const Rows& x2, const Rows& y2, const Rows& weight,
-           int threads) {
+           bool rows_are_columns, int threads) {
     int64_t M = x1.count, N = x2.count, steps = ceil_div(x1.features, step), blocks = ceil_div(y1.features, 32);
     int64_t K = steps * step, O = blocks * 32, chunk = least(N, chunk_examples);
     int64_t own_floats = blocks * 1024 + K + O;
     Workspace space;
-    space.plan<uint16_t>(blocks * steps * step_elements<pieces>);
+    space.plan<uint16_t>(blocks * steps * step_elements);
     space.plan<float>(chunk * K);
     space.plan<float>(chunk * O);
     space.plan<float>(threads * own_floats);
-    space.plan<uint16_t>(threads * block_steps<pieces> * step_elements<pieces>);
+    space.plan<uint16_t>(threads * block_steps * step_elements);
     if (!space.allocate()) return Status::out_of_memory;
-    uint16_t* w = space.take<uint16_t>(blocks * steps * step_elements<pieces>);
+    uint16_t* w = space.take<uint16_t>(blocks * steps * step_elements);
     float* rows_x = space.take<float>(chunk * K);
     float* rows_y = space.take<float>(chunk * O);
     float* scratch = space.take<float>(threads * own_floats);
-    uint16_t* products = space.take<uint16_t>(threads * block_steps<pieces> * step_elements<pieces>);
+    uint16_t* products = space.take<uint16_t>(threads * block_steps * step_elements);
     float* result = static_cast<float*>(out.data);
 
     parallel(threads, blocks, [&](int64_t block, int thread) {
-        pack_weight<pieces>(w, weight, steps, block, scratch + thread * own_floats);
+        pack_weight(w, weight, rows_are_columns, steps, block, scratch + thread * own_floats);
     });
     for (int64_t first = 0; first < N; first += chunk) {
         int64_t count = least(chunk, N - first), groups = ceil_div(count, 32);
@@ -170,17 +171,16 @@ Status run(const View& out, const Rows& x1, const Rows& y1, const Rows& x2, cons
             float* sums = scratch + thread * own_floats;
             float* row_x = sums + blocks * 1024;
             float* row_y = row_x + K;
-            uint16_t* own = products + thread * block_steps<pieces> * step_elements<pieces>;
+            uint16_t* own = products + thread * block_steps * step_elements;
             read_padded(row_x, x1, m, K);
             read_padded(row_y, y1, m, O);
             TileConfig config;
             _tile_loadconfig(&config);
-            for (int64_t s = 0; s < steps; s += block_steps<pieces>) {
-                int64_t end = least(steps, s + block_steps<pieces>);
-                pack_products<pieces>(own, row_x, rows_x + n0 * K, K, height, s, end);
+            for (int64_t s = 0; s < steps; s += block_steps) {
+                int64_t end = least(steps, s + block_steps);
+                pack_products(own, row_x, rows_x + n0 * K, K, height, s, end);
                 for (int64_t b = 0; b < blocks; ++b)
-                    multiply_tiles<pieces>(sums + b * 1024, s == 0, own, w + (b * steps + s) * step_elements<pieces>,
-                                           end - s);
+                    multiply_tiles(sums + b * 1024, s == 0, own, w + (b * steps + s) * step_elements, end - s);
             }
             _tile_release();
             for (int64_t r = 0; r < height; ++r) {
@@ -205,14 +205,13 @@ Status run(const View& out, const Rows& x1, const Rows& y1, const Rows& x2, cons
 Status weighted_ghost_dot(View out, View a1, View delta1, View a2, View delta2, View weight, View mask1, View mask2,
                           bool bias, Precision precision, int threads) {
     bool small = weight.shape[0] * weight.shape[1] < 4096;  // tiles would be mostly padding
-    if (out.dtype == DType::f64 || small)
+    if (out.dtype == DType::f64 || precision == Precision::highest || small)
         return avx512::weighted_ghost_dot(out, a1, delta1, a2, delta2, weight, mask1, mask2, bias, precision, threads);
     Rows x1 = token_rows(a1, mask1, bias), x2 = token_rows(a2, mask2, bias);
     Rows y1 = token_rows(delta1, mask1, false), y2 = token_rows(delta2, mask2, false);
     bool swap = y1.features > x1.features;  // contract over the longer side
-    Rows w = matrix_rows(weight, !swap);
-    auto kernel = precision == Precision::highest ? run<3> : run<2>;
-    return swap ? kernel(out, y1, x1, y2, x2, w, threads) : kernel(out, x1, y1, x2, y2, w, threads);
+    return swap ? run(out, y1, x1, y2, x2, matrix_rows(weight), false, threads)
+                : run(out, x1, y1, x2, y2, matrix_rows(weight), true, threads);
 }
 
 }  // namespace IHVP_ISA

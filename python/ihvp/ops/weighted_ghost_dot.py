@@ -42,9 +42,9 @@ def weighted_ghost_dot(
         bias: a1 and a2 carry an implicit last feature 1, I' = I + 1.
 
     Returns:
-        (M,N), float64 if an operand is, float32 otherwise. The same bits for any number of threads. On a processor
-        with AMX a float32 product is made of six bfloat16 ones, which keep float32's accuracy; below torch's default
-        `torch.get_float32_matmul_precision() == "highest"`, of three: relative error about 4e-6, at most 5e-5.
+        (M,N), float64 if an operand is, float32 otherwise. The same bits for any number of threads. Where
+        `torch.get_float32_matmul_precision()` is not "highest", torch's default, a processor with AMX makes a float32
+        product of three bfloat16 ones: relative error about 4e-6, at most 5e-5.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or device, named with what was expected.
