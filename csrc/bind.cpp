@@ -118,6 +118,13 @@ Order order_named(const std::string& name, const char* other, Order meaning) {
     throw py::value_error(std::string("order must be ") + other + " or gradient_first, got " + name);
 }
 
+Precision precision_named(const std::string& name) {
+    if (name == "float32") return Precision::float32;
+    if (name == "bf16x3") return Precision::bf16x3;
+    if (name == "bf16") return Precision::bf16;
+    throw py::value_error("precision must be float32, bf16x3 or bf16, got " + name);
+}
+
 // `work` counts multiply-adds, roughly. A thread joins only for a share worth waking it: about 10 us.
 template <class F>
 void call(int threads, int64_t work, const F& kernel) {
@@ -257,9 +264,7 @@ void weighted_ghost_dot(py::handle out_, py::handle a1_, py::handle delta1_, py:
                         const std::string& precision_, int threads) {
     Argument out("out", out_), a1("a1", a1_), delta1("delta1", delta1_), a2("a2", a2_), delta2("delta2", delta2_),
         weight("weight", weight_), mask1("mask1", mask1_, true), mask2("mask2", mask2_, true);
-    if (precision_ != "highest" && precision_ != "high")
-        throw py::value_error("precision must be highest or high, got " + precision_);
-    Precision precision = precision_ == "high" ? Precision::high : Precision::highest;
+    Precision precision = precision_named(precision_);
     check_tokens(a1, delta1, mask1);
     check_tokens(a2, delta2, mask2);
     a1.shape({a1.view.shape[0], 1, a1.view.shape[2]});

@@ -8,8 +8,8 @@ namespace ihvp {
 // `out_of_memory` is the only way in which a kernel can fail.
 enum class Status : int32_t { ok, out_of_memory };
 
-// What a float32 product may be made of: float32 accuracy, or the pieces of torch.set_float32_matmul_precision("high").
-enum class Precision : int32_t { highest, high };
+// What a float32 product may be made of where the processor gains by it: itself, three bfloat16 products, or one.
+enum class Precision : int32_t { float32, bf16x3, bf16 };
 
 // Which contraction runs first; the cost model of the op decides.
 enum class Order : int32_t { project_first, gradient_first, query_first };

@@ -36,7 +36,7 @@ def arguments(kernel: str, **changes: Any) -> dict[str, Any]:
     if kernel in ORDERS:
         given["order"] = ORDERS[kernel]
     if kernel == "weighted_ghost_dot":
-        given["precision"] = "highest"
+        given["precision"] = "float32"
     if kernel in RESULTS:
         given["out"] = torch.zeros(RESULTS[kernel])
     return {**given, "threads": 1, **changes}
@@ -109,7 +109,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gradient_dot", {"order": "project_first"}, "^order must be .*got project_first"),
     ("gradient_dot", {"order": ""}, "^order must be "),
     ("gradient_dot", {"P": torch.zeros(3, 8)}, r"^P must have shape"),
-    ("weighted_ghost_dot", {"precision": "low"}, "^precision must be highest or high, got low"),
+    ("weighted_ghost_dot", {"precision": "low"}, "^precision must be float32, bf16x3 or bf16, got low"),
     ("gradient_dot", {"order": "gradient_first", "per_token": True, "out": torch.zeros(3, 5, 4)}, "needs query_first"),
     ("ekfac_diagonal_update", {"order": "query_first"}, "^order must be .*got query_first"),
 ]

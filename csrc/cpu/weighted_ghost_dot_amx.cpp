@@ -1,9 +1,8 @@
 // S[m,n] = sum_o y1[m,o] y2[n,o] (sum_i x1[m,i] x2[n,i] weight[i,o]) for float32, on bfloat16 tile products (AMX).
-// Each factor v of the inner product is split into hi = bf16(v), lo = bf16(v - hi), and
-//     v w ~ hi_v hi_w + hi_v lo_w + lo_v hi_w, summed in float32.
-// hi + lo leaves up to 2^-16 of a factor: the relative error is about 4e-6 on data of mixed size and sign, at most
-// 5e-5, so this serves where torch's float32 matmul precision is below "highest". Three pieces and six products would
-// have float32's accuracy, but were no faster than AVX-512. Tiles flush denormals: below 1e-35 lo is lost.
+// Each factor v of the inner product is rounded to hi = bf16(v), or kept as hi + lo with lo = bf16(v - hi):
+//     bf16:   v w ~ hi_v hi_w                              relative error about 2e-3, at most 8e-3
+//     bf16x3: v w ~ hi_v hi_w + hi_v lo_w + lo_v hi_w      relative error about 4e-6, at most 5e-5
+// summed in float32. Tiles flush denormals: below 1e-35 lo is lost.
 #include <immintrin.h>
 
 #include "engine.h"
@@ -22,8 +21,10 @@ constexpr int64_t chunk_examples = 2048;
 constexpr int64_t step = 32;            // k of one tile product
 constexpr int64_t tile_elements = 512;  // bfloat16 numbers of a tile: 16 rows of 32
 // The k block: its split rows, 32 KB, stay in the L1 cache.
-constexpr int64_t block_steps = 8;
-constexpr int64_t step_elements = 4 * tile_elements;  // of one operand: two tiles of hi, two of lo
+template <int pieces>
+constexpr int64_t block_steps = 16 / pieces;
+template <int pieces>
+constexpr int64_t step_elements = 2 * pieces * tile_elements;  // of one operand: two tiles a piece
 
 struct __attribute__((packed)) TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -31,9 +32,10 @@ struct __attribute__((packed)) TileConfig {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// 32 numbers as hi and lo.
-IHVP_INLINE void split(__m512i (&out)[2], __m512 first, __m512 second) {
-    for (int p = 0; p < 2; ++p) {
+// 32 numbers as hi, or hi and lo.
+template <int pieces>
+IHVP_INLINE void split(__m512i (&out)[pieces], __m512 first, __m512 second) {
+    for (int p = 0; p < pieces; ++p) {
         out[p] = (__m512i)_mm512_cvtne2ps_pbh(second, first);
         __m512i bits_first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(out[p]));
         __m512i bits_second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(out[p], 1));
@@ -44,6 +46,7 @@ IHVP_INLINE void split(__m512i (&out)[2], __m512 first, __m512 second) {
 
 // A block of 32 columns of the weight: for each step of 32 k and hi and lo two tiles of 16 columns, in which row r
 // holds the pairs k = 2 r, 2 r + 1.
+template <int pieces>
 void pack_weight(uint16_t* out, const Rows& weight, bool rows_are_columns, int64_t steps, int64_t block, float* rows) {
     float part[32 * 32];
     int64_t K = rows_are_columns ? weight.features : weight.count,
@@ -60,13 +63,13 @@ void pack_weight(uint16_t* out, const Rows& weight, bool rows_are_columns, int64
         } else {
             for (int64_t k = 0; k < depth; ++k) weight.read(rows + k * 32, k0 + k, block * 32, block * 32 + columns);
         }
-        uint16_t* tiles = out + (block * steps + s) * step_elements;
+        uint16_t* tiles = out + (block * steps + s) * step_elements<pieces>;
         for (int64_t half = 0; half < 2; ++half) {
             for (int64_t r = 0; r < 16; ++r) {
                 const float* even = rows + 2 * r * 32 + half * 16;
-                __m512i values[2];
+                __m512i values[pieces];
                 split(values, _mm512_loadu_ps(even), _mm512_loadu_ps(even + 32));
-                for (int p = 0; p < 2; ++p) {
+                for (int p = 0; p < pieces; ++p) {
                     uint16_t bits[32];  // 16 columns of the even k, then of the odd
                     _mm512_storeu_si512(bits, values[p]);
                     uint16_t* to = tiles + (2 * p + half) * tile_elements + r * 32;
@@ -81,24 +84,26 @@ void pack_weight(uint16_t* out, const Rows& weight, bool rows_are_columns, int64
 }
 
 // The rows n of x1[m] * x2[n] for steps s0..s1: for each step, hi and lo two tiles of 16 rows.
+template <int pieces>
 void pack_products(uint16_t* out, const float* row1, const float* rows2, int64_t stride, int64_t count, int64_t s0,
                    int64_t s1) {
     for (int64_t s = s0; s < s1; ++s) {
-        uint16_t* tiles = out + (s - s0) * step_elements;
+        uint16_t* tiles = out + (s - s0) * step_elements<pieces>;
         __m512 scale_first = _mm512_loadu_ps(row1 + s * step), scale_second = _mm512_loadu_ps(row1 + s * step + 16);
         for (int64_t r = 0; r < 32; ++r) {
-            __m512i values[2] = {};
+            __m512i values[pieces] = {};
             if (r < count) {
                 const float* row = rows2 + r * stride + s * step;
                 split(values, _mm512_loadu_ps(row) * scale_first, _mm512_loadu_ps(row + 16) * scale_second);
             }
-            for (int p = 0; p < 2; ++p)
+            for (int p = 0; p < pieces; ++p)
                 _mm512_storeu_si512(tiles + (2 * p + r / 16) * tile_elements + r % 16 * 32, values[p]);
         }
     }
 }
 
 // sums (four tiles of 16 x 16, row halves outer) (+)= the split product over `steps` steps.
+template <int pieces>
 IHVP_INLINE void multiply_tiles(float* sums, bool first, const uint16_t* x, const uint16_t* w, int64_t steps) {
     if (first) {
         _tile_zero(0);
@@ -111,11 +116,11 @@ IHVP_INLINE void multiply_tiles(float* sums, bool first, const uint16_t* x, cons
         _tile_loadd(2, sums + 512, 64);
         _tile_loadd(3, sums + 768, 64);
     }
-    for (int64_t s = 0; s < steps; ++s, x += step_elements, w += step_elements) {
-        for (int p = 0; p < 2; ++p) {
+    for (int64_t s = 0; s < steps; ++s, x += step_elements<pieces>, w += step_elements<pieces>) {
+        for (int p = 0; p < pieces; ++p) {
             _tile_loadd(4, x + 2 * p * tile_elements, 64);
             _tile_loadd(5, x + (2 * p + 1) * tile_elements, 64);
-            for (int q = 0; p + q < 2; ++q) {
+            for (int q = 0; p + q < pieces; ++q) {
                 _tile_loadd(6, w + 2 * q * tile_elements, 64);
                 _tile_dpbf16ps(0, 4, 6);
                 _tile_dpbf16ps(2, 5, 6);
@@ -136,27 +141,28 @@ void read_padded(float* out, const Rows& rows, int64_t row, int64_t padded) {
     for (int64_t c = rows.features; c < padded; ++c) out[c] = 0;
 }
 
+template <int pieces>
 Status run(const View& out, const Rows& x1, const Rows& y1, const Rows& x2, const Rows& y2, const Rows& weight,
            bool rows_are_columns, int threads) {
     int64_t M = x1.count, N = x2.count, steps = ceil_div(x1.features, step), blocks = ceil_div(y1.features, 32);
     int64_t K = steps * step, O = blocks * 32, chunk = least(N, chunk_examples);
     int64_t own_floats = blocks * 1024 + K + O;
     Workspace space;
-    space.plan<uint16_t>(blocks * steps * step_elements);
+    space.plan<uint16_t>(blocks * steps * step_elements<pieces>);
     space.plan<float>(chunk * K);
     space.plan<float>(chunk * O);
     space.plan<float>(threads * own_floats);
-    space.plan<uint16_t>(threads * block_steps * step_elements);
+    space.plan<uint16_t>(threads * block_steps<pieces> * step_elements<pieces>);
     if (!space.allocate()) return Status::out_of_memory;
-    uint16_t* w = space.take<uint16_t>(blocks * steps * step_elements);
+    uint16_t* w = space.take<uint16_t>(blocks * steps * step_elements<pieces>);
     float* rows_x = space.take<float>(chunk * K);
     float* rows_y = space.take<float>(chunk * O);
     float* scratch = space.take<float>(threads * own_floats);
-    uint16_t* products = space.take<uint16_t>(threads * block_steps * step_elements);
+    uint16_t* products = space.take<uint16_t>(threads * block_steps<pieces> * step_elements<pieces>);
     float* result = static_cast<float*>(out.data);
 
     parallel(threads, blocks, [&](int64_t block, int thread) {
-        pack_weight(w, weight, rows_are_columns, steps, block, scratch + thread * own_floats);
+        pack_weight<pieces>(w, weight, rows_are_columns, steps, block, scratch + thread * own_floats);
     });
     for (int64_t first = 0; first < N; first += chunk) {
         int64_t count = least(chunk, N - first), groups = ceil_div(count, 32);
@@ -171,16 +177,17 @@ Status run(const View& out, const Rows& x1, const Rows& y1, const Rows& x2, cons
             float* sums = scratch + thread * own_floats;
             float* row_x = sums + blocks * 1024;
             float* row_y = row_x + K;
-            uint16_t* own = products + thread * block_steps * step_elements;
+            uint16_t* own = products + thread * block_steps<pieces> * step_elements<pieces>;
             read_padded(row_x, x1, m, K);
             read_padded(row_y, y1, m, O);
             TileConfig config;
             _tile_loadconfig(&config);
-            for (int64_t s = 0; s < steps; s += block_steps) {
-                int64_t end = least(steps, s + block_steps);
-                pack_products(own, row_x, rows_x + n0 * K, K, height, s, end);
+            for (int64_t s = 0; s < steps; s += block_steps<pieces>) {
+                int64_t end = least(steps, s + block_steps<pieces>);
+                pack_products<pieces>(own, row_x, rows_x + n0 * K, K, height, s, end);
                 for (int64_t b = 0; b < blocks; ++b)
-                    multiply_tiles(sums + b * 1024, s == 0, own, w + (b * steps + s) * step_elements, end - s);
+                    multiply_tiles<pieces>(sums + b * 1024, s == 0, own, w + (b * steps + s) * step_elements<pieces>,
+                                           end - s);
             }
             _tile_release();
             for (int64_t r = 0; r < height; ++r) {
@@ -205,13 +212,14 @@ Status run(const View& out, const Rows& x1, const Rows& y1, const Rows& x2, cons
 Status weighted_ghost_dot(View out, View a1, View delta1, View a2, View delta2, View weight, View mask1, View mask2,
                           bool bias, Precision precision, int threads) {
     bool small = weight.shape[0] * weight.shape[1] < 4096;  // tiles would be mostly padding
-    if (out.dtype == DType::f64 || precision == Precision::highest || small)
+    if (out.dtype == DType::f64 || precision == Precision::float32 || small)
         return avx512::weighted_ghost_dot(out, a1, delta1, a2, delta2, weight, mask1, mask2, bias, precision, threads);
     Rows x1 = token_rows(a1, mask1, bias), x2 = token_rows(a2, mask2, bias);
     Rows y1 = token_rows(delta1, mask1, false), y2 = token_rows(delta2, mask2, false);
     bool swap = y1.features > x1.features;  // contract over the longer side
-    return swap ? run(out, y1, x1, y2, x2, matrix_rows(weight), false, threads)
-                : run(out, x1, y1, x2, y2, matrix_rows(weight), true, threads);
+    auto kernel = precision == Precision::bf16 ? run<1> : run<2>;
+    return swap ? kernel(out, y1, x1, y2, x2, matrix_rows(weight), false, threads)
+                : kernel(out, x1, y1, x2, y2, matrix_rows(weight), true, threads);
 }
 
 }  // namespace IHVP_ISA
