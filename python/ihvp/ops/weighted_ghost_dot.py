@@ -127,7 +127,7 @@ def native(
 
 
 TILED = 4096  # elements of the weight and of the result from which bfloat16 tiles pay
-RANK = 8
+RANK = 4
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class SplitWeight:
     """weight = rows columns * (left right + residual): a smooth part of low rank, and a residual small beside it.
 
     1 / (Lambda + damping) follows the eigenvalues of G and A up to the noise of a finite sample: scaled by its rows'
-    and columns' geometric means and without eight singular directions it is a few per cent of itself, and so is the
+    and columns' geometric means and without four singular directions it is a few per cent of itself, and so is the
     error of computing with it in bfloat16 products.
     """
 
