@@ -12,7 +12,6 @@ from ihvp import ops
 from ihvp.capture import capture
 from ihvp.methods.base import (
     Damping,
-    LayerwiseIHVP,
     Vectors,
     batches,
     check_finite,
@@ -25,7 +24,7 @@ from ihvp.methods.eigenbasis import eigenbasis_quadratic, eigenbasis_queries
 from ihvp.methods.kronecker import (
     CovarianceSums,
     Eigen,
-    check_fisher,
+    KroneckerIHVP,
     eigen_state,
     eigendecompose,
     read_sums,
@@ -38,7 +37,7 @@ from ihvp.methods.queries import LayerQueries
 from ihvp.model import InfluenceModel, Layer
 
 
-class EKFACIHVP(LayerwiseIHVP):
+class EKFACIHVP(KroneckerIHVP):
     """Eigenvalue-corrected Kronecker-factored curvature. Passes over data: two, or one without `update_eigen`.
 
     The first pass sums A and G, whose eigenvectors make the basis; the second measures the curvature's diagonal in it,
@@ -65,15 +64,10 @@ class EKFACIHVP(LayerwiseIHVP):
         *,
         seed: int = 0,
     ) -> None:
-        check_fisher(fisher)
         self.update_eigen = update_eigen
-        self.fisher = fisher
-        self.seed = seed
-        self._sums: dict[str, CovarianceSums] = {}
-        self._eigen: dict[str, Eigen] = {}
         self._sum_Lambda: dict[str, Tensor] = {}
         self._Lambda: dict[str, Tensor] = {}
-        super().__init__(model, hessian_loader, damping)
+        super().__init__(model, hessian_loader, damping, fisher, seed)
 
     def _config(self) -> dict[str, Any]:
         return {"damping": self.damping, "update_eigen": self.update_eigen, "fisher": self.fisher, "seed": self.seed}
@@ -118,16 +112,6 @@ class EKFACIHVP(LayerwiseIHVP):
         else:
             Lambda = {name: torch.outer(own.values_G, own.values_A).to(dtype) for name, own in eigen.items()}
         self._sums, self._eigen, self._sum_Lambda, self._Lambda = sums, eigen, sum_Lambda, Lambda
-
-    @property
-    def kfac_blocks(self) -> dict[str, tuple[Tensor, Tensor]]:
-        self._check_fitted()
-        return {name: (own.A, own.G) for name, own in self._sums.items()}
-
-    @property
-    def evecs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        self._check_fitted()
-        return {name: (own.U_A, own.U_G) for name, own in self._eigen.items()}
 
     @property
     def evals(self) -> dict[str, Tensor]:

@@ -129,6 +129,8 @@ class FisherIHVP(IHVP):
                     f"the Fisher matrix with damping {damping:.3g} is singular: its smallest pivot is {smallest:.3g}; "
                     "a larger damping helps"
                 )
+            if len(self._factors) >= 4:  # of a few dampings at a time
+                self._factors.clear()
             self._factors[damping] = L
         return self._factors[damping]
 

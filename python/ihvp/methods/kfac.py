@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ihvp import ops
-from ihvp.methods.base import Damping, LayerwiseIHVP, Vectors, check_regular, read_state, resolve_damping
+from ihvp.methods.base import Damping, Vectors, check_regular, read_state, resolve_damping
 from ihvp.methods.eigenbasis import eigenbasis_quadratic, eigenbasis_queries
 from ihvp.methods.kronecker import (
     CovarianceSums,
     Eigen,
-    check_fisher,
+    KroneckerIHVP,
     eigen_state,
     eigendecompose,
     read_sums,
@@ -28,7 +28,7 @@ from ihvp.model import InfluenceModel, Layer
 SPLITS = ("pi", "even", "none")
 
 
-class KFACIHVP(LayerwiseIHVP):
+class KFACIHVP(KroneckerIHVP):
     """Kronecker-factored curvature: the block of a layer is G (x) A. Passes over data: one.
 
     The damping is split over the factors: (G + sqrt(damping)/pi I) (x) (A + pi sqrt(damping) I), with
@@ -62,14 +62,9 @@ class KFACIHVP(LayerwiseIHVP):
             split = "pi" if use_pi else "even"
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-        check_fisher(fisher)
         self.split = split
-        self.fisher = fisher
-        self.seed = seed
-        self._sums: dict[str, CovarianceSums] = {}
-        self._eigen: dict[str, Eigen] = {}
         self._factors: dict[tuple[str, float], tuple[Tensor, Tensor]] = {}
-        super().__init__(model, hessian_loader, damping)
+        super().__init__(model, hessian_loader, damping, fisher, seed)
 
     def _config(self) -> dict[str, Any]:
         return {"damping": self.damping, "split": self.split, "fisher": self.fisher, "seed": self.seed}
@@ -85,16 +80,6 @@ class KFACIHVP(LayerwiseIHVP):
 
     def _take(self, sums: dict[str, CovarianceSums], eigen: dict[str, Eigen]) -> None:
         self._sums, self._eigen, self._factors = sums, eigen, {}
-
-    @property
-    def kfac_blocks(self) -> dict[str, tuple[Tensor, Tensor]]:
-        self._check_fitted()
-        return {name: (own.A, own.G) for name, own in self._sums.items()}
-
-    @property
-    def evecs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        self._check_fitted()
-        return {name: (own.U_A, own.U_G) for name, own in self._eigen.items()}
 
     @property
     def evals(self) -> dict[str, Tensor]:
@@ -130,6 +115,8 @@ class KFACIHVP(LayerwiseIHVP):
                 L_A, L_G = ops.kfac_factorize(own.A, own.G, damping, split=self.split)
             except torch.linalg.LinAlgError as error:
                 raise torch.linalg.LinAlgError(f"layer {name!r}: {error}") from None
+            if len(self._factors) >= 4 * len(self._sums):  # of a few dampings at a time
+                self._factors.clear()
             self._factors[key] = (L_A.to(self.model.dtype), L_G.to(self.model.dtype))
         return self._factors[key]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ihvp import ops
 from ihvp.capture import capture
-from ihvp.methods.base import batches, check_finite, check_reached
+from ihvp.methods.base import Damping, LayerwiseIHVP, batches, check_finite, check_reached
 from ihvp.model import InfluenceModel, Layer
 
 FISHERS = ("empirical", "sampled")
@@ -53,6 +53,32 @@ class Eigen:
     values_G: Tensor
     U_A: Tensor
     U_G: Tensor
+
+
+class KroneckerIHVP(LayerwiseIHVP):
+    """What KFAC and EKFAC objects hold: the covariance sums and their eigendecomposition, by layer."""
+
+    def __init__(
+        self, model: InfluenceModel, hessian_loader: Iterable[Any] | None, damping: Damping, fisher: str, seed: int
+    ) -> None:
+        check_fisher(fisher)
+        self.fisher = fisher
+        self.seed = seed
+        self._sums: dict[str, CovarianceSums] = {}
+        self._eigen: dict[str, Eigen] = {}
+        super().__init__(model, hessian_loader, damping)
+
+    @property
+    def kfac_blocks(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Layer name -> (A, G), in float64."""
+        self._check_fitted()
+        return {name: (own.A, own.G) for name, own in self._sums.items()}
+
+    @property
+    def evecs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Layer name -> (U_A, U_G), eigenvectors in columns."""
+        self._check_fitted()
+        return {name: (own.U_A, own.U_G) for name, own in self._eigen.items()}
 
 
 def check_fisher(fisher: str) -> None:
