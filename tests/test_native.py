@@ -15,7 +15,7 @@ from ihvp import _native
 from op_cases import ISAS, NATIVE_OPS, make
 from torch import Tensor
 
-KERNELS = {op.removesuffix("_"): op for op in NATIVE_OPS}
+KERNELS = {op.removesuffix("_"): op for op in NATIVE_OPS if hasattr(_native, op.removesuffix("_"))}
 ORDERS = {"ekfac_diagonal_update": "project_first", "gradient_dot": "query_first"}
 RESULTS = {
     "eigenbasis_project": (5, 4, 8),
@@ -23,7 +23,10 @@ RESULTS = {
     "ekfac_self_influence": (5,),
     "ekfac_solve": (1, 3, 3, 7),
     "weighted_ghost_dot": (3, 5),
+    "ghost_dot": (3, 5),
+    "ghost_norm": (5,),
     "gradient_dot": (3, 5),
+    "per_sample_gradient": (5, 3, 8),
     "kfac_solve": (3, 3, 7),
 }
 
@@ -35,6 +38,9 @@ def arguments(kernel: str, **changes: Any) -> dict[str, Any]:
         given["damping"] = torch.tensor([0.1], dtype=torch.float64)
     if kernel in ORDERS:
         given["order"] = ORDERS[kernel]
+    if kernel == "ghost_dot":
+        given["bias1"] = given["bias2"] = given.pop("bias")
+        given["per_token"] = False
     if kernel == "weighted_ghost_dot":
         given["precision"] = "float32"
     if kernel in RESULTS:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
+from ihvp import _native
 from ihvp.ops._arguments import (
     check_flag,
     check_pair,
     check_tensors,
     compute_dtype,
+    features,
     read_tokens,
 )
-from ihvp.ops._registry import Op
+from ihvp.ops._registry import Candidate, Op
+from ihvp.ops.gradient_dot import native as gradient_dot
+from ihvp.ops.per_sample_gradient import native as per_sample_gradient
 
 
 def ghost_dot(
@@ -85,9 +92,66 @@ def fake(
     return a1.new_empty(a1.shape[0], a2.shape[0], dtype=compute_dtype(a1, delta1, a2, delta2))
 
 
+def candidates(
+    a1: Tensor,
+    delta1: Tensor,
+    a2: Tensor,
+    delta2: Tensor,
+    mask1: Tensor | None,
+    mask2: Tensor | None,
+    bias: bool,
+) -> Sequence[Candidate]:
+    (M, T1, _), (N, T2, _) = a1.shape, a2.shape
+    I, O = features(a1, bias), delta1.shape[2]
+    item = 8 if compute_dtype(a1, delta1, a2, delta2) == torch.float64 else 4
+    p, tokens = O * I, item * (M * T1 + N * T2) * (O + I)
+    return [
+        Candidate("ghost", 2 * M * T1 * N * T2 * (O + I), tokens, item * 1024 * (O + I)),
+        Candidate(
+            "gradient_first",
+            2 * M * T1 * p + 2 * N * T2 * p + 2 * M * N * p,
+            tokens + 2 * item * M * p,
+            item * _block(M, p) * p,
+        ),
+    ]
+
+
+def _block(M: int, p: int) -> int:
+    """Gradients of the first set held at a time: 16 million numbers."""
+    return max(1, min(M, 2**24 // max(p, 1)))
+
+
+def native(
+    a1: Tensor,
+    delta1: Tensor,
+    a2: Tensor,
+    delta2: Tensor,
+    mask1: Tensor | None,
+    mask2: Tensor | None,
+    bias: bool,
+) -> Tensor:
+    out = fake(a1, delta1, a2, delta2, mask1, mask2, bias)
+    I, O = features(a1, bias), delta1.shape[2]
+    if a1.shape[1] * a2.shape[1] * I * O == 0:
+        return out.zero_()
+    threads = torch.get_num_threads()
+    if _op.best(a1, delta1, a2, delta2, mask1, mask2, bias) == "ghost":
+        _native.ghost_dot(out, a1, delta1, a2, delta2, mask1, mask2, bias, bias, False, threads)
+        return out
+    step = _block(a1.shape[0], I * O)
+    for first in range(0, a1.shape[0], step):
+        some = slice(first, first + step)
+        mask = mask1 if mask1 is None else mask1[some]
+        out[some] = gradient_dot(
+            per_sample_gradient(a1[some], delta1[some], mask, bias), a2, delta2, mask2, bias, False
+        )
+    return out
+
+
 _op = Op(
     "ghost_dot",
     "(Tensor a1, Tensor delta1, Tensor a2, Tensor delta2, Tensor? mask1, Tensor? mask2, bool bias) -> Tensor",
-    {"reference": reference},
+    {"reference": reference, "native": native},
     fake=fake,
+    candidates=candidates,
 )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
+from ihvp import _native
 from ihvp.ops._arguments import (
     check_flag,
     check_pair,
@@ -14,7 +18,10 @@ from ihvp.ops._arguments import (
     read_tokens,
     shape_of,
 )
-from ihvp.ops._registry import Op
+from ihvp.ops._registry import Candidate, Op
+from ihvp.ops.gradient_dot import candidates as gradient_dot_candidates
+from ihvp.ops.gradient_dot import native as gradient_dot
+from ihvp.ops.per_sample_gradient import native as per_sample_gradient
 
 
 def gradient_dot_low_rank(
@@ -77,9 +84,38 @@ def fake(L: Tensor, R: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bi
     return L.new_empty(shape, dtype=compute_dtype(L, R, a, delta))
 
 
+def candidates(
+    L: Tensor, R: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool, per_token: bool
+) -> Sequence[Candidate]:
+    (Q, O, r), I = L.shape, R.shape[2]
+    N, T, _ = a.shape
+    item = 8 if compute_dtype(L, R, a, delta) == torch.float64 else 4
+    tokens = item * N * T * (O + I)
+    low = Candidate("low_rank", 2 * Q * r * N * T * (O + I), tokens, item * 1024 * (O + I))
+    if Q * O * I > 2**26:  # P would take more than its worth of memory
+        return [low]
+    P = item * Q * O * I
+    shape_only = L.new_empty(()).expand(Q, O, I)
+    orders = gradient_dot_candidates(shape_only, a, delta, mask, bias, per_token)
+    best = min(orders, key=lambda candidate: candidate.flops)
+    return [low, Candidate("dense", 2 * Q * r * O * I + best.flops, 2 * P + best.bytes, P + best.workspace)]
+
+
+def native(L: Tensor, R: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool, per_token: bool) -> Tensor:
+    """A query of rank r is an example of r positions: its tokens are the columns of L and the rows of R."""
+    out = fake(L, R, a, delta, mask, bias, per_token)
+    if a.shape[1] * L.shape[1] * L.shape[2] * R.shape[2] == 0:
+        return out.zero_()
+    if _op.best(L, R, a, delta, mask, bias, per_token) == "dense":
+        return gradient_dot(per_sample_gradient(R, L.mT, None, False), a, delta, mask, bias, per_token)
+    _native.ghost_dot(out, R, L.mT, a, delta, None, mask, False, bias, per_token, torch.get_num_threads())
+    return out
+
+
 _op = Op(
     "gradient_dot_low_rank",
     "(Tensor L, Tensor R, Tensor a, Tensor delta, Tensor? mask, bool bias, bool per_token) -> Tensor",
-    {"reference": reference},
+    {"reference": reference, "native": native},
     fake=fake,
+    candidates=candidates,
 )
