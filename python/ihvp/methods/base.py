@@ -18,7 +18,7 @@ from ihvp import ops
 from ihvp.batch import Batch
 from ihvp.capture import capture
 from ihvp.methods.queries import DenseQueries, LayerQueries, Queries
-from ihvp.model import InfluenceModel, Layer
+from ihvp.model import InfluenceModel, Layer, LossFn
 
 Vectors = dict[str, Tensor]
 """Layer name -> (Q,O,I'): Q vectors in the space of the tracked parameters."""
@@ -138,10 +138,13 @@ class IHVP(ABC):
         batches = enumerate(self.model.passes(loader, description))
         return concatenate([f(gradients(self.model, batch, index=i)) for i, (_, batch) in batches])
 
-    def queries(self, batch: Batch, *, index: int = 0) -> Queries:
-        """The batch's gradients, preconditioned with the object's damping, ready to score training data."""
+    def queries(self, batch: Batch, *, index: int = 0, measurement: LossFn | None = None) -> Queries:
+        """The batch's gradients, preconditioned with the object's damping, ready to score training data.
+
+        Gradients of the loss, or of a `measurement` (outputs, targets) -> (N,) or (N,T).
+        """
         self._check_fitted()
-        P = self._solve(gradients(self.model, batch, index=index), self.damping)
+        P = self._solve(gradients(self.model, batch, index=index, measurement=measurement), self.damping)
         return {name: DenseQueries(p) for name, p in P.items()}
 
     def quadratic(self, batch: Batch, power: int = 1, *, index: int = 0) -> Tensor:
@@ -204,14 +207,14 @@ class LayerwiseIHVP(IHVP):
     @abstractmethod
     def _solve_layer(self, name: str, V: Tensor, damping: Damping) -> Tensor: ...
 
-    def queries(self, batch: Batch, *, index: int = 0) -> Queries:
+    def queries(self, batch: Batch, *, index: int = 0, measurement: LossFn | None = None) -> Queries:
         self._check_fitted()
         found: Queries = {}
 
         def sink(layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
             found[layer.name] = self._queries_layer(layer, a, delta, mask)
 
-        capture(self.model, batch, sink, index=index)
+        capture(self.model, batch, sink, index=index, measurement=measurement)
         zeros = complete(self.model, dict.fromkeys(found, torch.empty(0)), batch.size)
         return {name: found[name] if name in found else DenseQueries(zeros[name]) for name in self.model.layers}
 
@@ -234,14 +237,14 @@ class LayerwiseIHVP(IHVP):
         """This layer's part of g_n^T (F + damping I)^-power g_n."""
 
 
-def gradients(model: InfluenceModel, batch: Batch, *, index: int = 0) -> Vectors:
-    """Per-example gradients of a batch: layer name -> (N,O,I')."""
+def gradients(model: InfluenceModel, batch: Batch, *, index: int = 0, measurement: LossFn | None = None) -> Vectors:
+    """Per-example gradients of a batch, of the loss or of a measurement: layer name -> (N,O,I')."""
     g: Vectors = {}
 
     def sink(layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
         g[layer.name] = ops.per_sample_gradient(a, delta, mask=mask, bias=layer.bias)
 
-    capture(model, batch, sink, index=index)
+    capture(model, batch, sink, index=index, measurement=measurement)
     return complete(model, g, batch.size)
 
 
