@@ -95,7 +95,7 @@ class ExactIHVP(IHVP):
 
     def _solve(self, V: Vectors, damping: Damping) -> Vectors:
         assert self._values is not None and self._vectors is not None
-        value = resolve_damping(damping, float(self._values.mean()))
+        value = resolve_damping(damping, "full", float(self._values.mean()))
         shifted = self._values + value
         largest, smallest = float(shifted.abs().max()), float(shifted.abs().min())
         # Undamped, zero eigenvalues come out as large as the derivatives' rounding.

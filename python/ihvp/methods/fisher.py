@@ -103,7 +103,7 @@ class FisherIHVP(IHVP):
     def _damping(self, damping: Damping) -> float:
         trace = self._sum if self._sum is not None else self._kernel
         assert trace is not None
-        return resolve_damping(damping, float(trace.trace()) / self._examples / self.model.nb_params)
+        return resolve_damping(damping, "full", float(trace.trace()) / self._examples / self.model.nb_params)
 
     def _factor(self, damping: float) -> Tensor:
         """Cholesky factor of F + damping I, or of K + N damping I."""

@@ -88,7 +88,7 @@ class KFACIHVP(KroneckerIHVP):
 
     def _damping(self, name: str, damping: Damping) -> float:
         own = self._eigen[name]
-        return resolve_damping(damping, float(own.values_G.mean() * own.values_A.mean()))
+        return resolve_damping(damping, name, float(own.values_G.mean() * own.values_A.mean()))
 
     def _solve_layer(self, name: str, V: Tensor, damping: Damping) -> Tensor:
         value = self._damping(name, damping)
