@@ -138,8 +138,8 @@ class FirstOrderInfluenceCalculator(InfluenceCalculator[Queries]):
         """
         if self.normalize is not False:
             raise ValueError(f"explore_damping needs normalize=False, got {self.normalize!r}")
-        if not dampings:
-            raise ValueError("dampings must name at least one damping, got none")
+        if not dampings or not all(isinstance(damping, (int, float, str)) for damping in dampings):
+            raise ValueError(f'dampings must list numbers or "auto", at least one, got {dampings!r}')
         g = concatenate(
             [
                 gradients(self.model, batch, index=index, measurement=self.measurement)
