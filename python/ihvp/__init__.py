@@ -11,7 +11,17 @@ import torch as _torch  # noqa: F401  before the extension, so that both share o
 
 from ihvp import ops
 from ihvp.batch import Batch
-from ihvp.calculators import FirstOrderInfluenceCalculator, Order
+from ihvp.calculators import (
+    EmpiricalInfluence,
+    FirstOrderInfluenceCalculator,
+    Order,
+    RepresenterPointL2,
+    RepresenterPointLJE,
+    SampleBoundaryCalculator,
+    SecondOrderInfluenceCalculator,
+    TracInCalculator,
+    WeightsBoundaryCalculator,
+)
 from ihvp.methods import (
     EKFACIHVP,
     IHVP,
@@ -33,12 +43,19 @@ __all__ = [
     "KFACIHVP",
     "Batch",
     "DiagonalIHVP",
+    "EmpiricalInfluence",
     "ExactIHVP",
     "FirstOrderInfluenceCalculator",
     "FisherIHVP",
     "IdentityIHVP",
     "InfluenceModel",
     "Order",
+    "RepresenterPointL2",
+    "RepresenterPointLJE",
+    "SampleBoundaryCalculator",
+    "SecondOrderInfluenceCalculator",
+    "TracInCalculator",
+    "WeightsBoundaryCalculator",
     "explain",
     "load",
     "ops",

@@ -40,7 +40,8 @@ def gradient_sum(
         total[layer.name] = total[layer.name] + one if layer.name in total else one
 
     for index, (_, batch) in enumerate(model.passes(loader, "group")):
-        capture(model, batch, sink, index=index, measurement=measurement)
+        if batch.size > 0:
+            capture(model, batch, sink, index=index, measurement=measurement)
         examples += batch.size
     if examples == 0:
         raise ValueError("a group must hold examples, got none in any of its batches")

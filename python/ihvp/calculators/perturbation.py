@@ -33,7 +33,7 @@ def input_gradients(model: InfluenceModel, P: Vectors, batch: Batch, *, index: i
         for p in model.net.parameters():
             p.requires_grad_(False)
         batch = batch.outside_inference()
-        x, with_input = _input(batch, index)
+        x, with_input = input_of(batch, index)
         weights = {name: p.detach() for name, p in model.weights.items()}
 
         def gradient(x: Tensor) -> dict[str, Tensor]:
@@ -51,12 +51,14 @@ def input_gradients(model: InfluenceModel, P: Vectors, batch: Batch, *, index: i
             for name, layer in model.layers.items()
             for key, p in layer.split(P[name]).items()
         }
+        if not len(next(iter(P.values()))):
+            return x.new_zeros(0, *x.shape)
         pulled = torch.vmap(lambda one: pull_back(one)[0], chunk_size=CHUNK, randomness="same")
         return pulled(directions).detach()  # type: ignore[no-any-return]
 
 
-def _input(batch: Batch, index: int) -> tuple[Tensor, Callable[[Tensor], Batch]]:
-    """The model's first argument, and the batch with another in its place."""
+def input_of(batch: Batch, index: int) -> tuple[Tensor, Callable[[Tensor], Batch]]:
+    """The model's first argument, and the batch with another in its place. `index` names the batch in errors."""
     names = ["args[0]"] if batch.args else [f"kwargs[{key!r}]" for key in batch.kwargs][:1]
     x = next(iter(batch.args or batch.kwargs.values()), None)
     if not isinstance(x, Tensor) or not x.is_floating_point():
