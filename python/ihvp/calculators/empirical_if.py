@@ -100,7 +100,7 @@ class EmpiricalInfluence(InfluenceCalculator[Steps]):
         Returns:
             (highest, lowest), each a list of (index, value, reverse score), the outermost first.
         """
-        values = torch.as_tensor(influence_values)
+        values = torch.as_tensor(influence_values, dtype=torch.float64)
         query = self.model.batch((query_input, query_target))
         if query.size != 1:
             raise ValueError(f"query_input must be a batch of 1, got {query.size}")
