@@ -91,7 +91,7 @@ def test_wrong_dampings_by_block_are_named(method: str) -> None:
     model = data.model()
     curvature = METHODS[method](model, [data.train])
     whole = dict.fromkeys(curvature.blocks, 0.1)
-    with pytest.raises(ValueError, match="damping must have a value for every block, .*, got 'other'"):
+    with pytest.raises(ValueError, match=r"damping must have a value for every block, .*, got 'other'"):
         curvature.with_damping({"other": 0.1})
     with pytest.raises(ValueError, match=r"damping must be finite and not negative, got -1"):
         curvature.solve(random_vectors(model), whole | {next(iter(whole)): -1.0})

@@ -282,9 +282,9 @@ METHOD_ARGUMENTS: dict[str, Case] = {
     ),
     "split": (lambda: KFACIHVP(own, split="odd"), ValueError, r"^split must be one of pi, even, none, got 'odd'"),
     "curvature": (
-        lambda: ExactIHVP(own, curvature="fisher"),
+        lambda: ExactIHVP(own, curvature="true"),
         ValueError,
-        r"^curvature must be one of hessian, gauss_newton, got 'fisher'",
+        r"^curvature must be one of hessian, gauss_newton, fisher, got 'true'",
     ),
     "rcond": (lambda: ExactIHVP(own, rcond=1.5), ValueError, r"^rcond must be in \[0, 1\), got 1\.5"),
     "a loader and a train_hessian": (

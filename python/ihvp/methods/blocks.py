@@ -95,9 +95,14 @@ def take(V: Mapping[str, Tensor], block: Block) -> Tensor:
     return torch.cat([V[name][..., own].flatten(-2) for name, own in block.items()], dim=-1)
 
 
+def apart(model: InfluenceModel, block: Block, flat: Tensor) -> dict[str, Tensor]:
+    """(*,p_b) as layer name -> (*,O,columns)."""
+    shapes = {name: (model.layers[name].shape[0], own.stop - own.start) for name, own in block.items()}
+    parts = flat.split([O * width for O, width in shapes.values()], dim=-1)
+    return {name: part.unflatten(-1, shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
 def put_(V: Mapping[str, Tensor], model: InfluenceModel, block: Block, flat: Tensor) -> None:
     """(*,p_b) written into a block of layer name -> (*,O,I')."""
-    shapes = [(model.layers[name].shape[0], own.stop - own.start) for name, own in block.items()]
-    parts = flat.split([O * width for O, width in shapes], dim=-1)
-    for (name, own), shape, part in zip(block.items(), shapes, parts, strict=True):
-        V[name][..., own] = part.unflatten(-1, shape)
+    for name, part in apart(model, block, flat).items():
+        V[name][..., block[name]] = part
