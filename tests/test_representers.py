@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 import torch
 from ihvp import Batch, ExactIHVP, FisherIHVP, InfluenceModel, RepresenterPointL2, RepresenterPointLJE
-from nets import F32, F64, Problem, assert_near, batches, cross_entropy, hessian, plain, second_derivative, squared_error, tokens
+from nets import (
+    F32,
+    F64,
+    Problem,
+    assert_near,
+    batches,
+    cross_entropy,
+    hessian,
+    plain,
+    second_derivative,
+    squared_error,
+    tokens,
+)
 from torch import Tensor, nn
 
 L2 = 0.05
