@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ihvp import ops
-from ihvp.methods.base import Damping
+from ihvp.methods.base import Damping, read_state
 from ihvp.methods.blocks import BlockStructure, apart
 from ihvp.methods.full import FlatIHVP
 from ihvp.methods.kronecker import check_fisher, target_generator
@@ -19,8 +19,10 @@ from ihvp.methods.tokens import (
     gradient_sums,
     join,
     kernel,
+    read_tokens,
     rows,
     token_batches,
+    tokens_state,
     wide,
     within,
 )
@@ -145,51 +147,34 @@ class FisherIHVP(FlatIHVP):
         solutions = []
         for value in dampings:
             coefficients = torch.cholesky_solve(dots.T, self._factor(block, value)).T
-            solutions.append((v - self._sum(tokens, coefficients)) / value)
+            solutions.append((v - gradient_sums(tokens, coefficients)) / value)
         return torch.stack(solutions)
 
     def _multiply_block(self, block: str, v: Tensor) -> Tensor:
         if block in self._sums:
             return v @ self._sums[block] / self._examples
         tokens = wide(within(self._tokens, self.blocks[block]))
-        return self._sum(tokens, gradient_dots(tokens, apart(self.model, self.blocks[block], v)) / self._examples)
-
-    @staticmethod
-    def _sum(tokens: Tokens, c: Tensor) -> Tensor:
-        return torch.cat([x.flatten(1) for x in gradient_sums(tokens, c).values()], dim=1)
+        return gradient_sums(tokens, gradient_dots(tokens, apart(self.model, self.blocks[block], v)) / self._examples)
 
     def state_dict(self) -> dict[str, Tensor]:
         self._check_fitted()
         state = {"examples": torch.tensor(self._examples)}
         if not self._tokens:
             return state | {f"{block}/sum": total for block, total in self._sums.items()}
-        for name, (x, d) in self._tokens.items():
-            state |= {f"{name}/x": x, f"{name}/d": d}
-        return state
+        return state | tokens_state(self._tokens)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        model = self.model
         if "examples" not in state or state["examples"].numel() != 1:
             raise ValueError("FisherIHVP: the state has no 'examples'; it is of another method")
-        N = int(state["examples"])
-        summed = {f"{block}/sum" for block in self.blocks}
-        by_tokens = {f"{name}/{key}" for name in model.layers for key in "xd"}
-        shapes = {key: tuple(x.shape) for key, x in state.items()}
-        fits = set(state) - {"examples"} in (summed, by_tokens)
-        if fits and summed <= set(state):
-            fits = all(shapes[f"{block}/sum"] == (self._block_size(block),) * 2 for block in self.blocks)
-        elif fits:
-            for name, layer in model.layers.items():
-                x, d = shapes[f"{name}/x"], shapes[f"{name}/d"]
-                fits = fits and len(x) == len(d) == 3 and x[:2] == d[:2] and (d[2], x[2]) == layer.shape and x[0] == N
-        if not fits:
-            expected = {name: layer.shape for name, layer in model.layers.items()}
-            raise ValueError(
-                f"FisherIHVP: the state is of another model; expected layers (O,I') {expected} and blocks "
-                f"{', '.join(map(repr, self.blocks))}, got {shapes}"
-            )
-        own = {key: x.to(model.device, copy=True) for key, x in state.items()}
-        if summed <= set(own):
-            self._take(N, {block: own[f"{block}/sum"] for block in self.blocks}, {})
-        else:
-            self._take(N, {}, {name: (own[f"{name}/x"], own[f"{name}/d"]) for name in model.layers})
+        examples = int(state["examples"])
+        others = {key: x for key, x in state.items() if key != "examples"}
+        shapes = {f"{block}/sum": (self._block_size(block),) * 2 for block in self.blocks}
+        if set(others) & set(shapes):
+            own = read_state(others, shapes, "FisherIHVP")
+            self._take(examples, {block: own[f"{block}/sum"].to(self.model.device) for block in self.blocks}, {})
+            return
+        tokens = read_tokens(self.model, others, "FisherIHVP")
+        kept = len(next(iter(tokens.values()))[0])
+        if kept != examples:
+            raise ValueError(f"FisherIHVP: the state must have the tokens of {examples} examples, got {kept}")
+        self._take(examples, {}, tokens)

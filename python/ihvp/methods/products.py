@@ -173,8 +173,7 @@ def fisher_product(model: InfluenceModel, block: Block, tokens: Tokens) -> Produ
     dtype = next(iter(own.values()))[0].dtype
 
     def product(v: Tensor) -> Tensor:
-        sums = gradient_sums(own, gradient_dots(own, apart(model, block, v.to(dtype))))
-        return torch.cat([x.flatten(1) for x in sums.values()], dim=1).double()
+        return gradient_sums(own, gradient_dots(own, apart(model, block, v.to(dtype)))).double()
 
     return product
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,10 +86,10 @@ def gradient_dots(tokens: Tokens, V: Vectors) -> Tensor:
     return torch.stack([ops.gradient_dot(V[name], x, d) for name, (x, d) in tokens.items()]).sum(0)
 
 
-def gradient_sums(tokens: Tokens, c: Tensor) -> Vectors:
-    """c G for c (Q,N), layer name -> (Q,O,I'): delta^T diag(c_q) a, as one product for as many q as fit."""
-    result = {}
-    for name, (x, d) in tokens.items():
+def gradient_sums(tokens: Tokens, c: Tensor) -> Tensor:
+    """c G for c (Q,N), flat (Q,p_b): delta^T diag(c_q) a, as one product for as many q as fit."""
+    result = []
+    for x, d in tokens.values():
         (N, T, I), O = x.shape, d.shape[2]
         rows_x, columns_d = x.reshape(N * T, I), d.reshape(N * T, O).T
         step = max(1, WORKSPACE // max(1, N * T * O))
@@ -97,5 +97,25 @@ def gradient_sums(tokens: Tokens, c: Tensor) -> Vectors:
             (weights.repeat_interleave(T, 1).unsqueeze(1) * columns_d).flatten(0, 1) @ rows_x
             for weights in c.split(step)
         ]
-        result[name] = torch.cat(parts).view(len(c), O, I)
-    return result
+        result.append(torch.cat(parts).view(len(c), O * I))
+    return torch.cat(result, dim=1)
+
+
+def tokens_state(tokens: Tokens) -> dict[str, Tensor]:
+    return {f"{name}/{key}": x for name, pair in tokens.items() for key, x in zip("xd", pair, strict=True)}
+
+
+def read_tokens(model: InfluenceModel, state: Mapping[str, Tensor], who: str) -> Tokens:
+    """Copies of the tokens in a state. Raises ValueError when they are not those of this model's layers."""
+    shapes = {key: tuple(x.shape) for key, x in state.items()}
+    fits = set(state) == {f"{name}/{key}" for name in model.layers for key in "xd"}
+    examples = set()
+    for name, layer in model.layers.items() if fits else ():
+        x, d = shapes[f"{name}/x"], shapes[f"{name}/d"]
+        fits = fits and len(x) == len(d) == 3 and x[:2] == d[:2] and (d[2], x[2]) == layer.shape
+        examples.add(x[0] if x else 0)
+    if not fits or len(examples) != 1:
+        expected = {name: layer.shape for name, layer in model.layers.items()}
+        raise ValueError(f"{who}: the state is of another model; expected layers (O,I') {expected}, got {shapes}")
+    own = {key: x.to(model.device, copy=True) for key, x in state.items()}
+    return {name: (own[f"{name}/x"], own[f"{name}/d"]) for name in model.layers}
