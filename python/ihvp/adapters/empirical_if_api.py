@@ -26,13 +26,13 @@ def _model(
     """The layers of which the filter takes a parameter; without a filter all of them."""
     if param_filter_fn is None:
         return ihvp.InfluenceModel(model, criterion)
-    wanted = {name.rpartition(".")[0]: [] for name, _ in model.named_parameters()}
+    taken: dict[str, set[bool]] = {}
     for name, p in model.named_parameters():
-        wanted[name.rpartition(".")[0]].append(bool(param_filter_fn(name, p)))
-    split = [name for name, taken in wanted.items() if any(taken) and not all(taken)]
+        taken.setdefault(name.rpartition(".")[0], set()).add(bool(param_filter_fn(name, p)))
+    split = [name for name, answers in taken.items() if len(answers) == 2]
     if split:
         raise ValueError(f"param_filter_fn must take a layer's parameters all or none, it splits {split}")
-    return ihvp.InfluenceModel(model, criterion, layers=[name for name, taken in wanted.items() if all(taken)])
+    return ihvp.InfluenceModel(model, criterion, layers=[name for name, answers in taken.items() if True in answers])
 
 
 class _Queries:
@@ -109,4 +109,5 @@ class EmpiricalIF(_Queries):
         check_ratio: float = 0.01,
     ) -> tuple[list[Checked], list[Checked]]:
         """(most, least): (index, score, reverse score) of the highest and the lowest scores."""
-        return self.calculator.reverse_check(query_input, query_target, influence_values, check_ratio)
+        calculator: ihvp.EmpiricalInfluence = self.calculator
+        return calculator.reverse_check(query_input, query_target, influence_values, check_ratio)

@@ -26,8 +26,11 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 class InfluenceModel(ihvp.InfluenceModel):
-    """The weights from start_layer to last_layer. start_layer None: the last layer with weights; last_layer None:
-    start_layer alone. Layers by name or position. `InfluenceModel(model, target_layer, loss_function)` works too."""
+    """The weights of the linear layers from start_layer to last_layer, each by name or by position among them.
+
+    start_layer None: the last one; last_layer None: start_layer alone. `InfluenceModel(model, target_layer,
+    loss_function)` works too.
+    """
 
     def __init__(
         self,
@@ -43,7 +46,7 @@ class InfluenceModel(ihvp.InfluenceModel):
         super().__init__(
             model,
             nn.CrossEntropyLoss(reduction="none") if loss_function is None else loss_function,
-            [type_ for type_ in (nn.Linear,) if any(isinstance(module, type_) for module in model.modules())],
+            [nn.Linear],
             start,
             start if last_layer is None else last_layer,
             lambda raw: _batch(raw if process_batch_for_loss_fn is None else process_batch_for_loss_fn(raw)),
