@@ -132,7 +132,7 @@ class InfluenceModel:
         except TypeError:  # an iterator, a DataLoader of a stream
             total = None
         disable = None if self.progress is None else not self.progress
-        for raw in tqdm(loader, desc=description, total=total, disable=disable, leave=False):
+        for raw in tqdm(iter(loader), desc=description, total=total, disable=disable, leave=False):
             seen = True
             yield raw, self.batch(raw)
         if not seen:

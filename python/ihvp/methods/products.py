@@ -67,10 +67,10 @@ class CurvatureProducts:
 
     def __call__(self, block: str, v: Tensor) -> Tensor:
         """(Q,p_b) in float64: each row times the mean curvature of the block, by one pass over the data."""
-        total = torch.zeros_like(v, dtype=torch.float64)
         passed = self._kept if self._kept is not None else (products for products, _, _ in self._pass([block]))
         with torch.inference_mode(False), torch.no_grad():
             v = v.clone() if v.is_inference() else v
+            total = torch.zeros_like(v, dtype=torch.float64)
             for index, products in enumerate(passed):
                 part = products[block](v)
                 if not bool(part.sum().isfinite()):
