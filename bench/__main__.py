@@ -1,4 +1,4 @@
-"""python -m bench pipeline [--quick] [--precision high] [--output FILE]"""
+"""python -m bench pipeline | methods; --help of each says more."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bench import pipeline
+from bench import methods, pipeline
 
 
 def main() -> None:
@@ -20,6 +20,14 @@ def main() -> None:
     command.add_argument(
         "--precision", choices=("highest", "high"), default="highest", help="torch's float32 matmul precision, for both"
     )
+    command = commands.add_parser("methods", help="every method and calculator looks for mislabelled digits")
+    command.add_argument("--quick", action="store_true", help="fewer examples and epochs")
+    command.add_argument("--only", default="", metavar="NAME", help="methods whose name holds NAME")
+    command.add_argument("--output", type=Path, help="append JSON lines to this file")
+    command.add_argument("--figure", type=Path, default=Path("detection.png"), help="default: %(default)s")
+    child = commands.add_parser("_method")
+    child.add_argument("name")
+    child.add_argument("folder", type=Path)
     child = commands.add_parser("_child")
     child.add_argument("library", choices=("ihvp", "kronfluence"))
     child.add_argument("folder", type=Path)
@@ -28,6 +36,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "pipeline":
         pipeline.run(arguments.quick, arguments.output, arguments.precision)
+    elif arguments.command == "methods":
+        methods.run(arguments.quick, arguments.output, arguments.figure, arguments.only)
+    elif arguments.command == "_method":
+        print(json.dumps(methods.run_child(arguments.name, arguments.folder)))
     else:
         torch.set_float32_matmul_precision(arguments.precision)
         run = pipeline.run_ihvp if arguments.library == "ihvp" else pipeline.run_kronfluence

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ihvp.batch import Batch
-from ihvp.model import InfluenceModel, Layer
+from ihvp.model import InfluenceModel, Layer, LossFn
 
 Sink = Callable[[Layer, Tensor, Tensor, "Tensor | None"], None]
 """Receives (layer, a, delta, mask) as the backward pass reaches the layer: (N,T,I), (N,T,O), (N,T) or None."""
@@ -78,12 +78,19 @@ def untouched(net: nn.Module) -> Iterator[None]:
 
 
 def capture(
-    model: InfluenceModel, batch: Batch, sink: Sink, *, index: int = 0, generator: torch.Generator | None = None
+    model: InfluenceModel,
+    batch: Batch,
+    sink: Sink,
+    *,
+    index: int = 0,
+    generator: torch.Generator | None = None,
+    measurement: LossFn | None = None,
 ) -> Tensor:
     """Run one batch forward and backward and feed the sink; return the losses per example (N,), detached.
 
     A layer used several times in the forward pass is handed over once, its uses joined as further positions. `index`
     names the batch in errors. With a `generator` the targets are drawn from the model's own predictive distribution.
+    A `measurement`, (outputs, targets) -> (N,) or (N,T), takes the place of the model's loss.
 
     Raises:
         ValueError: the loss is not per example, a layer's input does not have the example as its first dimension, the
@@ -105,7 +112,7 @@ def capture(
                 stack.callback(handle.remove)
         outputs = model.net(*batch.args, **batch.kwargs)
         targets = batch.targets if generator is None else model.draw_targets(outputs, batch.targets, generator)
-        losses = model.losses(outputs, batch, targets)
+        losses = model.losses(outputs, batch, targets, measurement)
         state.check()
         total = losses.sum()
         if not bool(total.isfinite()):

@@ -132,7 +132,7 @@ class InfluenceModel:
         except TypeError:  # an iterator, a DataLoader of a stream
             total = None
         disable = None if self.progress is None else not self.progress
-        for raw in tqdm(loader, desc=description, total=total, disable=disable, leave=False):
+        for raw in tqdm(iter(loader), desc=description, total=total, disable=disable, leave=False):
             seen = True
             yield raw, self.batch(raw)
         if not seen:
@@ -141,16 +141,19 @@ class InfluenceModel:
                 "iterated again, such as a DataLoader or a list, when a method makes several passes"
             )
 
-    def losses(self, outputs: Any, batch: Batch, targets: Any) -> Tensor:
-        """Losses per example (N,): weighted, masked, summed over positions."""
+    def losses(self, outputs: Any, batch: Batch, targets: Any, measurement: LossFn | None = None) -> Tensor:
+        """Losses per example (N,): weighted, masked, summed over positions. A `measurement` takes loss_fn's place."""
         N = batch.size
-        losses = self.loss_fn(outputs, targets)
+        function, who, what = (
+            (self.loss_fn, "loss_fn", "loss") if measurement is None else (measurement, "measurement", "value")
+        )
+        losses = function(outputs, targets)
         if not isinstance(losses, Tensor):
-            raise TypeError(f"loss_fn must return a tensor, got {type(losses).__name__}")
+            raise TypeError(f"{who} must return a tensor, got {type(losses).__name__}")
         if losses.dim() not in (1, 2) or losses.shape[0] != N:
             came = "a scalar" if losses.dim() == 0 else str(tuple(losses.shape))
             raise ValueError(
-                f"loss_fn must return one loss per example (N,) or per position (N,T) with N={N}, got {came}; "
+                f"{who} must return one {what} per example (N,) or per position (N,T) with N={N}, got {came}; "
                 'torch losses take reduction="none"'
             )
         losses = losses.to(torch.promote_types(losses.dtype, torch.float32))

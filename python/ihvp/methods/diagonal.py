@@ -92,7 +92,7 @@ class DiagonalIHVP(LayerwiseIHVP):
 
     def _regular(self, name: str, damping: Damping) -> tuple[Tensor, float]:
         diagonal = (self._sums[name] / self._examples).to(self.model.dtype)
-        value = resolve_damping(damping, float(diagonal.mean()))
+        value = resolve_damping(damping, name, float(diagonal.mean()))
         check_regular(f"layer {name!r}", float(diagonal.min()), float(diagonal.max()), value)
         return diagonal, value
 

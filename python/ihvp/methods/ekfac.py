@@ -121,7 +121,7 @@ class EKFACIHVP(KroneckerIHVP):
     def _regular(self, name: str, damping: Damping) -> tuple[Eigen, Tensor, float]:
         """The layer's basis, Lambda and damping, after the check that Lambda + damping can be divided by."""
         Lambda = self._Lambda[name]
-        value = resolve_damping(damping, float(Lambda.mean()))
+        value = resolve_damping(damping, name, float(Lambda.mean()))
         check_regular(f"layer {name!r}", float(Lambda.min()), float(Lambda.max()), value)
         return self._eigen[name], Lambda, value
 
