@@ -123,7 +123,81 @@ def processor(records: Sequence[Record]) -> None:
         print(f"\n{record['case']}\n{json.dumps(record['machine'])}")
 
 
-TABLES = {"processor": processor, "roofline": roofline, "ops": ops, "memory": memory}
+def orders(records: Sequence[Record]) -> None:
+    print("\nContraction orders: the chosen one's time over the best one's")
+    rows = []
+    for op in dict.fromkeys(record["op"] for record in records):
+        own = [record for record in records if record["op"] == op]
+        missed = [record for record in own if not record["met"]]
+        same = sum(record["chosen"] == record["best"] for record in own)
+        worst = max(record["ratio"] for record in own)
+        rows.append([op, str(len(own)), str(same), str(len(missed)), ratio(worst), "not met" if missed else "met"])
+    table(["op", "shapes", "best chosen", "beyond 15 %", "worst", ""], rows)
+    missed = sorted((record for record in records if not record["met"]), key=lambda record: -record["ratio"])
+    if missed:
+        print()
+        rows = [
+            [
+                record["op"] + " " + " ".join(f"{name}{tuple(shape)}" for name, shape in record["shapes"].items()),
+                ratio(record["ratio"]),
+                record["chosen"],
+                *(
+                    f"{order} {median(timing) * 1e3:.3f} ms, predicted {record['predicted'][order] * 1e3:.3f} ms"
+                    for order, timing in record["seconds"].items()
+                ),
+            ]
+            for record in missed[:20]
+        ]
+        widest = max(map(len, rows))
+        table(
+            ["beyond 15 %, the worst first", "times", "chosen", *[""] * (widest - 3)],
+            [row + [""] * (widest - len(row)) for row in rows],
+        )
+
+
+def pipeline(records: Sequence[Record]) -> None:
+    for record in records:
+        if "totals" not in record:
+            print(f"\nan older record of {record['model']}, without totals: run the bench again for its table")
+            continue
+        own = record["totals"]["ihvp"]
+        print(f"\nEKFAC, {record['title']}; medians, float32 matmul precision {record['precision']!r} in all libraries")
+        rows = [
+            [
+                library,
+                *(f"{values[what]:.3f} s" for what in ("fit", "scores", "fit + scores")),
+                f"{values['memory']:.0f} MB",
+                *(ratio(values[what] / own[what]) for what in ("fit", "scores", "fit + scores", "memory")),
+            ]
+            for library, values in record["totals"].items()
+        ]
+        rows += [[own["missing"], *[""] * 8] for own in record.values() if isinstance(own, dict) and "missing" in own]
+        table(["library", "fit", "scores", "both", "memory", "times: fit", "scores", "both", "memory"], rows)
+        for library in record["totals"]:
+            for step, values in record[library]["seconds"].items():
+                print(f"  {library} {step}: {', '.join(f'{value:.3f}' for value in values)} s")
+        print()
+        rows = [
+            [
+                goal["what"],
+                goal["against"],
+                f"at least {ratio(goal['least'])}" if "least" in goal else f"at most {ratio(goal['most'])}",
+                ratio(goal["figure"]),
+                verdict(goal),
+            ]
+            for goal in record["goals"]
+        ]
+        table(["goal", "against", "", "figure", ""], rows)
+
+
+TABLES = {
+    "processor": processor,
+    "roofline": roofline,
+    "ops": ops,
+    "memory": memory,
+    "orders": orders,
+    "pipeline": pipeline,
+}
 
 
 def report(records: Sequence[Record]) -> None:
