@@ -27,7 +27,7 @@ def main() -> None:
     command.add_argument("--only", default="", metavar="PATTERN", help="cases whose name fits *PATTERN*")
     command.add_argument("--output", type=Path, help="append JSON lines to this file")
     command = commands.add_parser("orders", help="the cost model's choice against every order measured")
-    command.add_argument("--quick", action="store_true", help="every eighth shape")
+    command.add_argument("--quick", action="store_true", help="every seventh shape")
     command.add_argument("--threads", type=int, choices=(1, 2), default=2, help="default: %(default)s")
     command.add_argument("--only", default="", metavar="NAME", help="ops whose name holds NAME")
     command.add_argument("--output", type=Path, help="append JSON lines to this file")
