@@ -15,7 +15,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("pipeline", help="EKFAC end to end against other libraries")
-    command.add_argument("--model", choices=tuple(SETTINGS), help="default: all")
+    command.add_argument("--model", choices=tuple(SETTINGS), help="default: all, quick: the mlp")
     command.add_argument("--quick", action="store_true", help="fewer repeats")
     command.add_argument("--output", type=Path, help="append JSON lines to this file")
     command.add_argument(
@@ -51,7 +51,7 @@ def main() -> None:
     elif arguments.command == "_memory":
         print(json.dumps(memory.measure_all(json.load(sys.stdin), arguments.threads)))
     elif arguments.command == "pipeline":
-        models = [arguments.model] if arguments.model else list(SETTINGS)
+        models = [arguments.model] if arguments.model else list(SETTINGS)[: 1 if arguments.quick else None]
         pipeline.run(models, arguments.quick, arguments.output, arguments.precision)
     else:
         own = pipeline.run_child(

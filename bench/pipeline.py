@@ -29,10 +29,14 @@ from bench.settings import SETTINGS, Setting, losses
 
 @dataclass(frozen=True)
 class Peer:
-    """A version that the figures are about, and the times that this library must be faster."""
+    """A version that the figures are about, and the times that this library must be faster: model -> step -> ratio.
+
+    A library runs the models it has an entry for, with `repeats`, or once if quick and not at all without a goal.
+    """
 
     version: str
-    goals: dict[str, dict[str, float]]  # model -> step -> ratio; a library runs the models it has goals for
+    goals: dict[str, dict[str, float]]
+    repeats: int = 3
 
 
 PEERS = {
@@ -44,7 +48,7 @@ PEERS = {
         },
     ),
     "pydvl": Peer("0.10.0", {"mlp": {"fit + scores": 15.0}}),
-    "dattri": Peer("0.3.0", {"mlp": {}}),
+    "dattri": Peer("0.3.0", {"mlp": {}}, repeats=1),
 }
 FIT_OVER_TWO_PASSES = 1.5
 LIMITS = {"Lambda": 1e-4, "scores": 1e-3}
@@ -115,8 +119,8 @@ def check_pydvl(setting: Setting, folder: Path, own_folder: Path) -> None:
     eigen = torch.load(folder / "eigen.pt")
     model = ihvp.InfluenceModel(setting.net, losses, layers=setting.layers, progress=False)
     P = {
-        name: ops.ekfac_solve(g, own["U_A"], own["U_G"], own["Lambda"], DAMPING)
-        for (name, g), own in zip(gradients(model, [setting.queries]).items(), eigen.values(), strict=True)
+        name: ops.ekfac_solve(g, eigen[name]["U_A"], eigen[name]["U_G"], eigen[name]["Lambda"], DAMPING)
+        for name, g in gradients(model, [setting.queries]).items()
     }
     trains = gradients(model, setting.batches)
     scores = sum(P[name].flatten(1) @ g.flatten(1).T for name, g in trains.items())
@@ -187,13 +191,13 @@ def compare(model: str, quick: bool, precision: str) -> dict[str, Any]:
         for peer in PEERS:
             if model not in PEERS[peer].goals:
                 continue
-            missing = absence(peer)
+            missing = f"{peer} is left out of --quick" if quick and not PEERS[peer].goals[model] else absence(peer)
             if missing:
                 print(f"absent {missing}")
                 peers[peer] = {"missing": missing}
                 continue
             folder = Path(temporary, peer)
-            peers[peer] = child(peer, model, folder, 1 if quick else 3, precision)
+            peers[peer] = child(peer, model, folder, 1 if quick else PEERS[peer].repeats, precision)
             CHECKS[peer](setting, folder, own_folder)
     record = {"bench": "pipeline", "model": model, "title": setting.title, "precision": precision}
     return record | {

@@ -73,7 +73,7 @@ def test_threads_are_set_and_given_back() -> None:
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, 1.001])
 def test_a_wrong_answer_stops_the_bench(wrong: float) -> None:
     problem = problems.plain_product(9, 7)
-    with pytest.raises(SystemExit, match="wrong answer: .*bad.*was not timed"):
+    with pytest.raises(SystemExit, match=r"wrong answer: .*bad.*was not timed"):
         checked(CASES[0], problem, {"bad": lambda: problem.run() * wrong})
     with pytest.raises(SystemExit, match="relative error nan"):
         check("something", float("nan"), 1.0)
@@ -127,7 +127,7 @@ def test_a_case_is_measured_and_reported(capsys: pytest.CaptureFixture[str], tmp
 
 
 def test_reports_refuse_what_they_do_not_know() -> None:
-    with pytest.raises(SystemExit, match="records must be of .*got unheard"):
+    with pytest.raises(SystemExit, match=r"records must be of .*got unheard"):
         report.report([{"bench": "unheard"}])
 
 

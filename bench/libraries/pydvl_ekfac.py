@@ -35,7 +35,7 @@ def run(setting: Setting, folder: Path, repeats: int) -> dict[str, Any]:
     own = influence.ekfac_representation
     torch.save(
         {
-            name: {"U_A": U_A, "U_G": U_G, "Lambda": diagonal.view(len(U_G), len(U_A))}
+            name: {"U_A": U_A.detach(), "U_G": U_G.detach(), "Lambda": diagonal.detach().view(len(U_G), len(U_A))}
             for name, (_, U_A, U_G, diagonal) in own
         },
         folder / "eigen.pt",
