@@ -25,7 +25,8 @@ namespace ihvp {
 #ifdef IHVP_HAVE_AMX
 namespace amx {
 Status weighted_ghost_dot(View, View, View, View, View, View, View, View, bool, Precision, int);
-}
+int64_t peak_bf16(int64_t, int);
+}  // namespace amx
 #endif
 #ifdef IHVP_HAVE_AVX512
 IHVP_DECLARE(avx512)
@@ -50,12 +51,13 @@ bool avx512_runs() {
 #endif
 
 #ifdef IHVP_HAVE_AMX
-// AVX-512's kernels, and one of its own.
+// AVX-512's kernels, and what tiles add.
 const Kernels* amx_kernels() {
     static const Kernels table = [] {
         Kernels own = avx512::kernels;
         own.isa = "amx";
         own.weighted_ghost_dot = amx::weighted_ghost_dot;
+        own.peak_bf16 = amx::peak_bf16;
         return own;
     }();
     return &table;
@@ -367,6 +369,19 @@ void per_sample_gradient(py::handle out_, py::handle a_, py::handle delta_, py::
     });
 }
 
+int64_t peak(const std::string& dtype, int64_t rounds, int threads) {
+    if (threads < 1) throw py::value_error("threads must be at least 1, got " + std::to_string(threads));
+    if (rounds < 1) throw py::value_error("rounds must be at least 1, got " + std::to_string(rounds));
+    bool wide = dtype == "float64", tiles = dtype == "bfloat16";
+    if (!wide && !tiles && dtype != "float32")
+        throw py::value_error("dtype must be float32, float64 or bfloat16, got " + dtype);
+    if (tiles && kernels->peak_bf16 == nullptr)
+        throw py::value_error(std::string("bfloat16 needs the instruction set amx, in use is ") + kernels->isa);
+    std::vector<double> sums(static_cast<size_t>(threads));
+    py::gil_scoped_release release;
+    return tiles ? kernels->peak_bf16(rounds, threads) : kernels->peak(sums.data(), wide, 0.5, 1.0, rounds, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -418,6 +433,10 @@ PYBIND11_MODULE(_native, m) {
     m.def("ghost_norm", &ghost_norm, arg("out"), arg("a"), arg("delta"), arg("mask"), arg("bias"), arg("threads"));
     m.def("per_sample_gradient", &per_sample_gradient, arg("out"), arg("a"), arg("delta"), arg("mask"), arg("bias"),
           arg("threads"));
+    m.def("peak", &peak, arg("dtype"), arg("rounds"), arg("threads"),
+          "Run multiply-adds in registers alone, on float32, float64 or (AMX) bfloat16 numbers; returns how many "
+          "floating "
+          "point operations that were. Time it for the processor's peak.");
 }
 
 }  // namespace ihvp

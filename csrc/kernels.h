@@ -33,6 +33,9 @@ struct Kernels {
                         bool bias2, bool per_token, int threads);
     Status (*ghost_norm)(View out, View a, View delta, View mask, bool bias, int threads);
     Status (*per_sample_gradient)(View out, View a, View delta, View mask, bool bias, int threads);
+    // Multiply-adds in registers alone; both return the floating point operations they did. peak_bf16: null without.
+    int64_t (*peak)(double* sums, bool wide, double scale, double shift, int64_t rounds, int threads);
+    int64_t (*peak_bf16)(int64_t rounds, int threads);
 };
 
 }  // namespace ihvp

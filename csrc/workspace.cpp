@@ -9,8 +9,8 @@ namespace ihvp {
 
 namespace {
 
-constexpr size_t line = 64;                     // holds the block's capacity, then the memory follows
-constexpr size_t huge_page = size_t(1) << 21;   // asked for where a block spans several
+constexpr size_t line = 64;                      // holds the block's capacity, then the memory follows
+constexpr size_t huge_page = size_t(1) << 21;    // asked for where a block spans several
 constexpr size_t kept_limit = size_t(64) << 20;  // a larger block goes back to the system
 
 char* kept = nullptr;

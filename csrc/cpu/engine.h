@@ -238,16 +238,15 @@ IHVP_INLINE void product(const Panels<T>& x, int64_t i0, int64_t i1, const Panel
             do {
                 int64_t k1 = whole || x.depth - k < 2 * block_k ? x.depth : k + block_k;
                 for (int64_t p = group; p < group_end; ++p) {
-                    const T* next = p + 1 < group_end  ? y.at(k, (p + 1) * W)
-                                    : k1 < x.depth     ? y.at(k1, group * W)
-                                    : group_end < p1   ? y.at(0, group_end * W)
-                                                       : y.at(k, p * W);
+                    const T* next = p + 1 < group_end ? y.at(k, (p + 1) * W)
+                                    : k1 < x.depth    ? y.at(k1, group * W)
+                                    : group_end < p1  ? y.at(0, group_end * W)
+                                                      : y.at(k, p * W);
                     int64_t share = W * int64_t(sizeof(T)) * tile_rows / (end - rows);
                     Tile<T>* tile = waiting + (whole ? 0 : (p - group) * block_tiles);
                     for (int64_t i = rows; i < end; i += tile_rows) {
                         int64_t done = (i - rows) / tile_rows * (k1 - k) * share;
-                        multiply(*tile, x, i, y, p, k, k1, k > 0,
-                                 {reinterpret_cast<const char*>(next) + done, share});
+                        multiply(*tile, x, i, y, p, k, k1, k > 0, {reinterpret_cast<const char*>(next) + done, share});
                         if (k1 == x.depth) finish(*tile, i, p * W);
                         tile += whole ? 0 : 1;
                     }

@@ -75,7 +75,8 @@ IHVP_INLINE void transpose(Vec<T> (&rows)[Lanes<T>::width]) {
     if constexpr (size < Lanes<T>::width) {
 #pragma GCC unroll 16
         for (int r = 0; r < Lanes<T>::width; ++r) {
-            if (!(r & size)) swap_blocks<T, size>(rows[r], rows[r + size], typename CountLanes<Lanes<T>::width>::List{});
+            if (!(r & size))
+                swap_blocks<T, size>(rows[r], rows[r + size], typename CountLanes<Lanes<T>::width>::List{});
         }
         transpose<T, 2 * size>(rows);
     }
