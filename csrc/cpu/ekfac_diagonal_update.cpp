@@ -35,7 +35,6 @@ void add_squares(const View& Lambda, const Panels<T>& d, const Panels<T>& x, int
 template <class T, class S>
 Status project_first(const View& Lambda, const Rows& a, const Rows& delta, int64_t N, int64_t positions,
                      const View& U_A, const View& U_G, int threads) {
-    constexpr int64_t W = Panels<T>::width;
     int64_t I = a.features, O = delta.features;
     int64_t examples = chunk_of_examples(N, positions, chunk_positions), depth = examples * positions;
     Workspace space;
