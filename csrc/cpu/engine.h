@@ -69,26 +69,33 @@ struct Panels {
     static int64_t size(int64_t depth, int64_t columns) { return ceil_div(columns, width) * width * depth; }
 };
 
-// Rows of the source become columns of the panels: here the columns of one panel and the rows k0..k1.
+// Rows of the source become columns of the panels: here the columns of one panel and the rows k0..k1. They are taken
+// a square of lanes at a time, from the source as it lies or through a buffer.
 template <class T>
 void pack_transposed(const Panels<T>& out, int64_t panel, const Rows& in, int64_t first_row, int64_t k0, int64_t k1) {
     constexpr int64_t W = Panels<T>::width, block = 128;
     constexpr int lanes = Lanes<T>::width;
     T buffer[lanes * block];
-    int64_t columns = least(W, out.columns - panel * W);
-    for (int64_t c0 = 0; c0 < W; c0 += lanes) {
-        int64_t count = most(0, least(lanes, columns - c0));
-        for (int64_t k = k0; k < k1; k += block) {
+    for (int64_t c0 = panel * W; c0 < (panel + 1) * W; c0 += lanes) {
+        int64_t count = most(0, least(lanes, out.columns - c0));
+        const T* source[lanes] = {};
+        for (int64_t c = 0; c < count; ++c) source[c] = lying_row<T>(in, first_row + c0 + c);
+        int64_t direct = count > 0 && source[0] != nullptr ? (k1 - k0) / lanes * lanes : 0, k = k0;
+        auto take = [&](int64_t offset, int64_t rows) {
+            Vec<T> square[lanes];
+            for (int64_t c = 0; c < lanes; ++c) square[c] = c < count ? load(source[c] + offset) : Vec<T>{};
+            transpose<T>(square);
+            for (int64_t r = 0; r < rows; ++r) store(out.at(k + r, c0), square[r]);
+            k += rows;
+        };
+        while (k < k0 + direct) take(k, lanes);
+        while (k < k1) {
             int64_t depth = least(block, k1 - k);
-            for (int64_t c = 0; c < count; ++c)
-                in.read(buffer + c * block, first_row + panel * W + c0 + c, k, k + depth);
-            for (int64_t e = 0; e < depth; e += lanes) {
-                Vec<T> square[lanes];
-                for (int64_t c = 0; c < lanes; ++c) square[c] = c < count ? load(buffer + c * block + e) : Vec<T>{};
-                transpose<T>(square);
-                int64_t rows = least(lanes, depth - e);
-                for (int64_t r = 0; r < rows; ++r) store(out.at(k + e + r, panel * W + c0), square[r]);
+            for (int64_t c = 0; c < count; ++c) {
+                in.read(buffer + c * block, first_row + c0 + c, k, k + depth);
+                source[c] = buffer + c * block;
             }
+            for (int64_t e = 0; e < depth; e += lanes) take(e, least(lanes, depth - e));
         }
     }
 }
@@ -297,21 +304,31 @@ struct StoreMatrix {
     S* out;
     int64_t rows, columns, stride_row, stride_column;
     IHVP_INLINE void operator()(const Tile<T>& tile, int64_t i, int64_t j) const {
-        T spilled[Lanes<T>::panel];
-        int height = int(least(tile_rows, rows - i)), width = int(least(Lanes<T>::panel, columns - j));
+        int height = int(least(tile_rows, rows - i));
         for (int r = 0; r < height; ++r) {
-            for (int v = 0; v < tile.vectors; ++v) store(spilled + v * Lanes<T>::width, tile.acc[r][v]);
-            S* row = out + (i + r) * stride_row + j * stride_column;
-            if (stride_column != 1) {
-                for (int c = 0; c < width; ++c) put(row[c * stride_column], spilled[c]);
-            } else if (width == Lanes<T>::panel) {  // a known length needs no remainder
-                for (int c = 0; c < Lanes<T>::panel; ++c) put(row[c], spilled[c]);
-            } else {
-                for (int c = 0; c < width; ++c) put(row[c], spilled[c]);
+            for (int v = 0; v < tile.vectors; ++v) {
+                int64_t column = j + v * Lanes<T>::width, left = columns - column;
+                S* at = out + (i + r) * stride_row + column * stride_column;
+                if (stride_column == 1 && left >= Lanes<T>::width) {
+                    put(at, tile.acc[r][v]);
+                } else {
+                    T spilled[Lanes<T>::width];
+                    store(spilled, tile.acc[r][v]);
+                    for (int64_t c = 0; c < least(Lanes<T>::width, left); ++c) put(at[c * stride_column], spilled[c]);
+                }
             }
         }
     }
     IHVP_INLINE static void put(S& at, T value) { at = add ? S(at + S(value)) : S(value); }
+    IHVP_INLINE static void put(S* at, Vec<T> value) {
+        if constexpr (sizeof(S) == sizeof(T)) {
+            store(at, add ? load(at) + value : value);
+        } else {
+            T spilled[Lanes<T>::width];
+            store(spilled, value);
+            for (int c = 0; c < Lanes<T>::width; ++c) put(at[c], spilled[c]);
+        }
+    }
 };
 
 template <class T, class S, bool add>

@@ -168,10 +168,10 @@ template <class T>
 Status gradient_first(const View& out, const View& P, const Rows& a, const Rows& delta, int64_t N, int64_t positions,
                       int threads) {
     constexpr int lanes = Lanes<T>::width;
-    constexpr int64_t most_examples = 36;  // of a block: P is read once for so many
-    constexpr int64_t parts = 8;           // sums kept apart, so that their order does not follow the threads
-    constexpr int64_t dot_rows = 4;        // of a block at a time: a dot tile's operands stay in the L1 cache
-    static_assert(most_examples % dot_examples == 0 && block_inputs % Panels<T>::width == 0, "whole tiles");
+    constexpr int64_t most_examples = 5 * dot_examples;  // of a block: P is read once for so many
+    constexpr int64_t parts = 8;     // sums kept apart, so that their order does not follow the threads
+    constexpr int64_t dot_rows = 4;  // of a block at a time: a dot tile's operands stay in the L1 cache
+    static_assert(block_inputs % Panels<T>::width == 0, "whole tiles");
     int64_t Q = P.shape[0], I = a.features, O = delta.features;
     int64_t columns = ceil_div(I, block_inputs), block_outputs = block_rows;
     while (block_outputs > 3 * tile_rows && ceil_div(O, block_outputs) * columns < parts) block_outputs /= 2;
