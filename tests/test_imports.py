@@ -23,7 +23,7 @@ FLOORS = (
     {"_native"},
     {"ops"},
     {"layers"},
-    {"batch", "model"},
+    {"batch", "cache", "model"},
     {"capture"},
     {"methods"},
     {"calculators"},

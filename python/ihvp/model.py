@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ihvp.batch import Batch, as_batch
+from ihvp.cache import TokenCache
 from ihvp.layers import LAYER_TYPES, LayerType
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -66,6 +67,9 @@ class InfluenceModel:
         sample_targets: (outputs, targets, generator) -> targets drawn from the model's own predictive distribution,
             for `fisher="sampled"`. None: softmax of the logits where the targets are integers.
         progress: a progress bar on passes over data; None: only on a terminal.
+        cache_bytes: memory for the tokens of captured batches. A fit and its scores pass over the training data three
+            times; batches whose tokens are kept run through the net once. They are known by their contents, so the
+            loader must not shuffle to gain by it. 0 keeps nothing. See `clear_cache`.
 
     Attributes:
         layers: tracked layers by name, in the order of the net; `nb_params` counts their parameters and `weights` has
@@ -87,6 +91,7 @@ class InfluenceModel:
         *,
         sample_targets: Callable[[Any, Any, torch.Generator], Any] | None = None,
         progress: bool | None = None,
+        cache_bytes: int = 0,
     ) -> None:
         if not isinstance(net, nn.Module):
             raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
@@ -100,7 +105,15 @@ class InfluenceModel:
         self.process_batch = process_batch
         self.sample_targets = sample_targets
         self.progress = progress
+        if isinstance(cache_bytes, bool) or not isinstance(cache_bytes, int) or cache_bytes < 0:
+            raise ValueError(f"cache_bytes must be a whole number >= 0, got {cache_bytes!r}")
+        self.cache = TokenCache(cache_bytes) if cache_bytes > 0 else None
         self.layers = _between(_tracked(net, layers), start_layer, last_layer)
+
+    def clear_cache(self) -> None:
+        """Forget kept tokens. Needed only after a change that autograd cannot see, as through `parameter.data`."""
+        if self.cache is not None:
+            self.cache.clear()
 
     @property
     def nb_params(self) -> int:
