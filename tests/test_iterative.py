@@ -308,6 +308,49 @@ def test_queries_and_quadratic_forms(name: str, trained: Trained) -> None:
     assert_near(own.quadratic(data.tests[0], 2), (P * P).sum(1), SOLVERS[name][1])
 
 
+# --- direct solves -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_a_direct_solve_needs_no_eigenvalues(curvature: str, trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the Hessian is indefinite; sixteen dampings share one diagonalisation."""
+    data, model = trained
+    own = ExactIHVP(model, [data.train], DAMPING, curvature)
+    V, F = random_vectors(model), CURVATURES[curvature](model, data.train)
+    values = torch.linalg.eigvalsh(F)
+    between = -float((values[0] + values[1]) / 2) if curvature == "hessian" else DAMPING
+    calls: list[str] = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda *args: pytest.fail("eigenvalues were computed"))
+    monkeypatch.setattr(torch.linalg, "eigh", lambda *args: (calls.append("eigh"), eigh(*args))[1])
+    for damping in (DAMPING, 0.01, max(between, 1e-3)):
+        assert_near(flat(own.solve(V, damping)), dense(F, flat(V), damping), 1e-6)
+    assert not calls
+    dampings = [0.1 * (i + 1) for i in range(16)]
+    together = own.solve(V, dampings)
+    assert calls == ["eigh"]
+    for i, damping in enumerate(dampings):
+        assert_near(flat({name: x[i] for name, x in together.items()}), dense(F, flat(V), damping), 1e-6)
+
+
+def test_the_smallest_eigenvalue_of_a_singular_block_is_named_to_a_small_factor() -> None:
+    data = plain()
+    model = data.model()
+    Q = torch.linalg.qr(torch.randn(24, 24, dtype=F64, generator=torch.Generator().manual_seed(0))).Q
+    for smallest in (1e-17, -1e-17, 3e-17):
+        values = torch.linspace(1, 2, 24, dtype=F64)
+        values[3], values[7] = smallest, -0.5
+        own = ExactIHVP(model, train_hessian=Q * values @ Q.T)
+        with pytest.raises(
+            torch.linalg.LinAlgError, match=r"block 'full': .* its smallest eigenvalue is [\d.]+e-1[5-9] "
+        ):
+            own.solve(random_vectors(model))
+    values[3] = 1e-9
+    own = ExactIHVP(model, train_hessian=Q * values @ Q.T)
+    V = random_vectors(model)
+    assert_near(flat(own.multiply(own.solve(V))), flat(V), 1e-6)
+
+
 # --- conjugate gradients -----------------------------------------------------------------------------------------
 
 PRECONDITIONERS: dict[str, Callable[[InfluenceModel, list[Batch]], Any]] = {
