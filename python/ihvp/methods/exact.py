@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ihvp import ops
 from ihvp.batch import Batch
-from ihvp.methods.base import Damping, Vectors, batches, gradients, read_state
+from ihvp.methods.base import Vectors, batches, gradients, read_state
 from ihvp.methods.blocks import BlockStructure, take
+from ihvp.methods.damping import Damping
 from ihvp.methods.full import FlatIHVP, positions
 from ihvp.methods.kronecker import symmetric_part
 from ihvp.methods.products import (
