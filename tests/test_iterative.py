@@ -104,7 +104,7 @@ SOLVERS: dict[str, tuple[Callable[..., Any], float]] = {  # and what they owe th
     "exact": (ExactIHVP, 1e-6),
     "cg": (lambda *args, **options: CgIHVP(*args, rtol=1e-7, atol=0, **options), 1e-4),
     "block cg": (lambda *args, **options: CgIHVP(*args, rtol=1e-7, atol=0, krylov="shared", **options), 1e-4),
-    "lissa": (lambda *args, **options: LissaIHVP(*args, rtol=1e-6, scale=2.5, **options), 1e-3),
+    "lissa": (lambda *args, **options: LissaIHVP(*args, rtol=1e-5, scale=2.5, **options), 1e-3),
     "arnoldi": (lambda *args, **options: ArnoldiIHVP(*args, rank=1000, **options), 1e-4),
     "nystroem": (lambda *args, **options: NystroemIHVP(*args, rank=1000, **options), 1e-4),
 }
