@@ -10,8 +10,8 @@ import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
-from ihvp.methods.base import Damping
 from ihvp.methods.blocks import BlockStructure
+from ihvp.methods.damping import Damping
 from ihvp.methods.iterative import check_on_failure, check_positive, complain
 from ihvp.methods.low_rank import LowRankIHVP
 from ihvp.methods.products import CurvatureProducts

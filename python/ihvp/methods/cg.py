@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ihvp.methods.base import IHVP, Damping
+from ihvp.methods.base import IHVP
 from ihvp.methods.blocks import BlockStructure, put_, take
+from ihvp.methods.damping import Damping
 from ihvp.methods.iterative import IterationReport, IterativeIHVP, check_positive
 from ihvp.methods.preconditioners import Preconditioner, Preconditioning
 from ihvp.methods.products import Product

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ihvp.methods.base import Damping
 from ihvp.methods.blocks import BlockStructure
+from ihvp.methods.damping import Damping
 from ihvp.methods.harmonic_mean import InverseHarmonicMeanIHVP
 from ihvp.model import InfluenceModel
 

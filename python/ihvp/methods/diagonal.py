@@ -10,17 +10,8 @@ from torch import Tensor
 
 from ihvp import ops
 from ihvp.capture import capture
-from ihvp.methods.base import (
-    Damping,
-    LayerwiseIHVP,
-    Vectors,
-    batches,
-    check_finite,
-    check_reached,
-    check_regular,
-    read_state,
-    resolve_damping,
-)
+from ihvp.methods.base import LayerwiseIHVP, Vectors, batches, check_finite, check_reached, read_state
+from ihvp.methods.damping import Damping, check_regular, resolve_damping
 from ihvp.methods.eigenbasis import eigenbasis_quadratic
 from ihvp.methods.kronecker import check_fisher, target_generator
 from ihvp.model import InfluenceModel, Layer

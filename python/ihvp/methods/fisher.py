@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ihvp import ops
-from ihvp.methods.base import Damping, read_state
+from ihvp.methods.base import read_state
 from ihvp.methods.blocks import BlockStructure, apart
+from ihvp.methods.damping import Damping
 from ihvp.methods.full import FlatIHVP
 from ihvp.methods.kronecker import check_fisher, target_generator
 from ihvp.methods.tokens import (

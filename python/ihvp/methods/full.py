@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ihvp.methods.base import IHVP, Damping, Vectors, resolve_damping
+from ihvp.methods.base import IHVP, Vectors
 from ihvp.methods.blocks import Block, BlockStructure, block_size, put_, take
+from ihvp.methods.damping import Damping, resolve_damping
 from ihvp.model import InfluenceModel
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ihvp.methods.base import Damping
 from ihvp.methods.blocks import BlockStructure, apart
+from ihvp.methods.damping import Damping
 from ihvp.methods.full import FlatIHVP
 from ihvp.methods.tokens import (
     Tokens,

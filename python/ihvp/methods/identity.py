@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ihvp import ops
-from ihvp.methods.base import Damping, LayerwiseIHVP, Vectors, read_state, resolve_damping
+from ihvp.methods.base import LayerwiseIHVP, Vectors, read_state
+from ihvp.methods.damping import Damping, resolve_damping
 from ihvp.methods.queries import LayerQueries, TokenQueries, masked, written_out
 from ihvp.model import InfluenceModel, Layer
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ihvp.methods.base import Damping, Vectors
+from ihvp.methods.base import Vectors
 from ihvp.methods.blocks import BlockStructure
+from ihvp.methods.damping import Damping
 from ihvp.methods.full import FlatIHVP
 from ihvp.methods.products import CurvatureProducts, check_curvature
 from ihvp.model import InfluenceModel

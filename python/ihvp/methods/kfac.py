@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ihvp import ops
-from ihvp.methods.base import Damping, Vectors, check_regular, read_state, resolve_damping
+from ihvp.methods.base import Vectors, read_state
+from ihvp.methods.damping import Damping, check_regular, resolve_damping
 from ihvp.methods.eigenbasis import eigenbasis_quadratic, eigenbasis_queries
 from ihvp.methods.kronecker import (
     CovarianceSums,

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ihvp.methods.base import Damping
 from ihvp.methods.blocks import BlockStructure
+from ihvp.methods.damping import Damping
 from ihvp.methods.iterative import ConvergenceError, IterationReport, IterativeIHVP, check_positive
 from ihvp.model import InfluenceModel
 

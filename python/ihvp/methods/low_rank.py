@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ihvp.methods.base import Damping
 from ihvp.methods.blocks import BlockStructure
+from ihvp.methods.damping import Damping
 from ihvp.methods.full import FlatIHVP
 from ihvp.methods.iterative import check_positive
 from ihvp.methods.products import CurvatureProducts, check_curvature
