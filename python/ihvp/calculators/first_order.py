@@ -27,8 +27,9 @@ class FirstOrderInfluenceCalculator(InfluenceCalculator[Queries]):
 
     With sign="proponent" (default) a positive score means that training on the example lowered the query's loss. With
     sign="loss_change" every result is the negative: the derivative of the query's loss with respect to the example's
-    weight; with the mean Hessian as curvature that is the base influence function. No factor 1/N is hidden. A loss whose l2 term strength/2 ||theta||^2 stands beside the mean over the
-    examples has the curvature F + strength I: there the damping is the strength.
+    weight; with the mean Hessian as curvature that is the base influence function. No factor 1/N is hidden. A loss
+    whose l2 term strength/2 ||theta||^2 stands beside the mean over the examples has the curvature F + strength I:
+    there the damping is the strength.
 
     Args:
         model: the InfluenceModel.
