@@ -17,9 +17,11 @@ DAMPING = 0.3
 GROUPS = (slice(0, 3), slice(3, 14))
 
 
-@pytest.mark.parametrize("sign", ["proponent", "loss_change"])
-@pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize("method", METHODS)
+EVERY = [(method, "plain", "proponent") for method in METHODS]
+MORE = [(method, name, "loss_change") for name in ("tokens", "pooled") for method in ("ekfac", "hessian")]
+
+
+@pytest.mark.parametrize(("method", "name", "sign"), EVERY + MORE)
 def test_the_formula(method: str, name: str, sign: str) -> None:
     data, own = PROBLEMS[name](), METHODS[method]
     model = data.model()
