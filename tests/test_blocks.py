@@ -6,8 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+from ihvp import FisherIHVP
 from ihvp.methods.blocks import make_blocks
-from nets import METHODS, PROBLEMS, assert_near, batches, plain, pooled, random_vectors
+from nets import (
+    F64,
+    METHODS,
+    PROBLEMS,
+    assert_near,
+    batches,
+    fisher,
+    flat,
+    plain,
+    pooled,
+    random_vectors,
+    within_blocks,
+)
 
 # --- the structure -----------------------------------------------------------------------------------------------
 
@@ -97,3 +110,42 @@ def test_wrong_dampings_by_block_are_named(method: str) -> None:
         curvature.solve(random_vectors(model), whole | {next(iter(whole)): -1.0})
     with pytest.raises(TypeError, match=r'damping must be a number or "auto", got None'):
         METHODS[method](model, damping=whole | {next(iter(whole)): None})
+
+
+# --- the Fisher matrix by blocks ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("N", [2, 5, 60], ids=["kernels", "kernels and matrices", "matrices"])
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_blocks_of_the_fisher_matrix_by_kernels_and_by_matrices(problem: str, N: int) -> None:
+    """Each block by the smaller of its two systems, N x N or p_b x p_b; a copy of the state solves alike."""
+    data = PROBLEMS[problem](N)
+    model = data.model()
+    own = FisherIHVP(model, batches(data.train, 2), 0.1, block_structure="parameter")
+    F = within_blocks("parameter", fisher)(model, data.train)
+    V = random_vectors(model)
+    want = torch.linalg.solve(F + 0.1 * torch.eye(len(F), dtype=F64), flat(V).T).T
+    assert_near(flat(own.multiply(V)), flat(V) @ F)
+    assert_near(flat(own.solve(V)), want)
+    other = FisherIHVP(model, damping=0.1, block_structure="parameter")
+    other.load_state_dict(own.state_dict())
+    assert torch.equal(flat(other.solve(V)), flat(own.solve(V)))
+    auto = own.solve(V, "auto")
+    for block, columns in own.blocks.items():
+        size = sum(V[name][0][..., at].numel() for name, at in columns.items())
+        mean = float(own._mean_eigenvalue(block))
+        trace = sum(float(F[i, i]) for i in _positions(model, columns))
+        assert mean == pytest.approx(trace / size)
+        for name, at in columns.items():
+            assert_near(auto[name][..., at], own.solve(V, 0.1 * mean)[name][..., at])
+
+
+def _positions(model: Any, columns: dict[str, slice]) -> list[int]:
+    found, start = [], 0
+    for name, layer in model.layers.items():
+        O, I = layer.shape
+        if name in columns:
+            own = columns[name]
+            found += [start + o * I + i for o in range(O) for i in range(own.start, own.stop)]
+        start += O * I
+    return found

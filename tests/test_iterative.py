@@ -56,7 +56,7 @@ from nets import (
 )
 from torch import Tensor, nn
 
-DAMPING = 0.1
+DAMPING = 0.3
 CURVATURES: dict[str, Callable[[InfluenceModel, Batch], Tensor]] = {
     "hessian": hessian,
     "gauss_newton": gauss_newton,
@@ -104,7 +104,7 @@ SOLVERS: dict[str, tuple[Callable[..., Any], float]] = {  # and what they owe th
     "exact": (ExactIHVP, 1e-6),
     "cg": (lambda *args, **options: CgIHVP(*args, rtol=1e-7, atol=0, **options), 1e-4),
     "block cg": (lambda *args, **options: CgIHVP(*args, rtol=1e-7, atol=0, krylov="shared", **options), 1e-4),
-    "lissa": (lambda *args, **options: LissaIHVP(*args, rtol=1e-6, scale=1.0, **options), 1e-3),
+    "lissa": (lambda *args, **options: LissaIHVP(*args, rtol=1e-6, scale=2.5, **options), 1e-3),
     "arnoldi": (lambda *args, **options: ArnoldiIHVP(*args, rank=1000, **options), 1e-4),
     "nystroem": (lambda *args, **options: NystroemIHVP(*args, rank=1000, **options), 1e-4),
 }
@@ -209,19 +209,22 @@ def test_mean_eigenvalue_is_exact_for_few_parameters_and_near_for_many() -> None
 # --- solutions ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("curvature", CURVATURES)
+@pytest.mark.parametrize(
+    ("curvature", "structure"),
+    [
+        *((curvature, "full") for curvature in CURVATURES),
+        *(("hessian", own) for own in ("layer", "parameter", "custom")),
+    ],
+)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_solutions_of_a_trained_net(name: str, curvature: str, structure: str, trained: Trained) -> None:
     data, model = trained
     _, tolerance = SOLVERS[name]
     F = within_blocks(STRUCTURES[structure], CURVATURES[curvature])(model, data.train)
-    own = solver(name, curvature, structure)(model, batches(data.train, 16), DAMPING)
+    own = solver(name, curvature, structure)(model, batches(data.train, 20), DAMPING)
     V = random_vectors(model)
     assert_near(flat(own.multiply(V)), flat(V) @ F, 1e-6)
     assert_near(flat(own.solve(V)), dense(F, flat(V)), tolerance)
-    g = flat(gradients(model, data.tests[0]))
-    assert_near(flat(own.compute_ihvp(data.tests)), dense(F, g), tolerance)
 
 
 @pytest.mark.parametrize("problem", ["tokens", "pooled"])
@@ -241,7 +244,7 @@ def test_several_dampings_are_one_by_one(name: str, trained: Trained) -> None:
     data, model = trained
     own = solver(name, "gauss_newton", "layer")(model, [data.train], DAMPING)
     F = within_blocks("layer", gauss_newton)(model, data.train)
-    dampings: list[Any] = [0.5, 0.1, 0.2 if name == "lissa" else "auto", {"0": 0.1, "2": 0.7, "4": 0.2}]
+    dampings: list[Any] = [0.6, 0.3, 0.2 if name == "lissa" else "auto", {"0": 0.4, "2": 0.7, "4": 0.2}]
     V = random_vectors(model)
     together = own.solve(V, dampings)
     for i, damping in enumerate(dampings):
@@ -305,6 +308,49 @@ def test_queries_and_quadratic_forms(name: str, trained: Trained) -> None:
     assert_near(own.quadratic(data.tests[0], 2), (P * P).sum(1), SOLVERS[name][1])
 
 
+# --- direct solves -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_a_direct_solve_needs_no_eigenvalues(curvature: str, trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the Hessian is indefinite; sixteen dampings share one diagonalisation."""
+    data, model = trained
+    own = ExactIHVP(model, [data.train], DAMPING, curvature)
+    V, F = random_vectors(model), CURVATURES[curvature](model, data.train)
+    values = torch.linalg.eigvalsh(F)
+    between = -float((values[0] + values[1]) / 2) if curvature == "hessian" else DAMPING
+    calls: list[str] = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda *args: pytest.fail("eigenvalues were computed"))
+    monkeypatch.setattr(torch.linalg, "eigh", lambda *args: (calls.append("eigh"), eigh(*args))[1])
+    for damping in (DAMPING, 0.01, max(between, 1e-3)):
+        assert_near(flat(own.solve(V, damping)), dense(F, flat(V), damping), 1e-6)
+    assert not calls
+    dampings = [0.1 * (i + 1) for i in range(16)]
+    together = own.solve(V, dampings)
+    assert calls == ["eigh"]
+    for i, damping in enumerate(dampings):
+        assert_near(flat({name: x[i] for name, x in together.items()}), dense(F, flat(V), damping), 1e-6)
+
+
+def test_the_smallest_eigenvalue_of_a_singular_block_is_named_to_a_small_factor() -> None:
+    data = plain()
+    model = data.model()
+    Q = torch.linalg.qr(torch.randn(24, 24, dtype=F64, generator=torch.Generator().manual_seed(0))).Q
+    for smallest in (1e-17, -1e-17, 3e-17):
+        values = torch.linspace(1, 2, 24, dtype=F64)
+        values[3], values[7] = smallest, -0.5
+        own = ExactIHVP(model, train_hessian=Q * values @ Q.T)
+        with pytest.raises(
+            torch.linalg.LinAlgError, match=r"block 'full': .* its smallest eigenvalue is [\d.]+e-1[5-9] "
+        ):
+            own.solve(random_vectors(model))
+    values[3] = 1e-9
+    own = ExactIHVP(model, train_hessian=Q * values @ Q.T)
+    V = random_vectors(model)
+    assert_near(flat(own.multiply(own.solve(V))), flat(V), 1e-6)
+
+
 # --- conjugate gradients -----------------------------------------------------------------------------------------
 
 PRECONDITIONERS: dict[str, Callable[[InfluenceModel, list[Batch]], Any]] = {
@@ -320,8 +366,8 @@ PRECONDITIONERS: dict[str, Callable[[InfluenceModel, list[Batch]], Any]] = {
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 def test_preconditioned_conjugate_gradients(preconditioner: str, krylov: str, trained: Trained) -> None:
     data, model = trained
-    loader = batches(data.train, 16)
-    for structure in ("full", "parameter"):
+    loader = batches(data.train, 20)
+    for structure in ("full", "layer"):
         own = CgIHVP(
             model,
             loader,

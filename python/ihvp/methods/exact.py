@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -128,7 +129,7 @@ class ExactIHVP(FlatIHVP):
         for damping in dampings:
             shifted = values + damping
             if self.rcond is None:
-                self._check_regular(block, damping, shifted)
+                self._check_regular(block, damping, float(shifted.abs().min()), float(shifted.abs().max()))
             kept = shifted.abs() > (0.0 if self.rcond is None else self.rcond) * float(shifted.abs().max())
             inverse = torch.where(kept, 1 / torch.where(kept, shifted, 1.0), 0.0)
             solutions.append((rotated * inverse) @ vectors.T)
@@ -139,21 +140,20 @@ class ExactIHVP(FlatIHVP):
         if key not in self._factors:
             matrix = self._matrices[block].clone()
             matrix.diagonal().add_(damping)
-            factor, pivots = _factorise(matrix)
-            # Pivots only hint at how small the smallest eigenvalue is; where they do, the eigenvalues decide.
-            if not float(pivots.min()) > 100 * self._rounding(block, damping) * float(pivots.max()):
-                self._check_regular(block, damping, torch.linalg.eigvalsh(matrix))
+            factor = _factorise(matrix)
+            smallest = 1 / max(_spectral_norm(factor.solve, matrix), torch.finfo(torch.float64).tiny)
+            self._check_regular(block, damping, smallest, _spectral_norm(lambda x: x @ matrix, matrix))
             if len(self._factors) >= 4 * len(self.blocks):  # of a few dampings at a time
                 self._factors.clear()
             self._factors[key] = factor
         return self._factors[key]
 
     def _rounding(self, block: str, damping: float) -> float:
-        """Undamped, zero eigenvalues come out as large as the derivatives' rounding."""
-        return torch.finfo(self.model.dtype if damping == 0 else torch.float64).eps * self._block_size(block)
+        """Of the largest eigenvalue: undamped, zero ones come out as large as the derivatives' rounding errors."""
+        eps: float = torch.finfo(self.model.dtype if damping == 0 else torch.float64).eps
+        return eps * math.sqrt(self._block_size(block))
 
-    def _check_regular(self, block: str, damping: float, shifted: Tensor) -> None:
-        largest, smallest = float(shifted.abs().max()), float(shifted.abs().min())
+    def _check_regular(self, block: str, damping: float, smallest: float, largest: float) -> None:
         if not smallest > self._rounding(block, damping) * largest:
             raise torch.linalg.LinAlgError(
                 f"block {block!r}: the {self.curvature} with damping {damping:.3g} is singular: its smallest "
@@ -187,13 +187,28 @@ class _Factor:
         return solution
 
 
-def _factorise(matrix: Tensor) -> tuple[_Factor, Tensor]:
-    """The factorisation, and the magnitudes of its pivots."""
+def _factorise(matrix: Tensor) -> _Factor:
     L, info = torch.linalg.cholesky_ex(matrix)
     if int(info) == 0:
-        return _Factor(L, None), L.diagonal().square()
+        return _Factor(L, None)
     LU, pivots, _ = torch.linalg.lu_factor_ex(matrix)
-    return _Factor(LU, pivots), LU.diagonal().abs()
+    return _Factor(LU, pivots)
+
+
+def _spectral_norm(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
+    """||M|| of a symmetric M from rows x -> x M, by five steps of subspace iteration: at most a few times too small.
+
+    Infinite where the result is not finite, as that of a solve with an exact zero on the diagonal.
+    """
+    rows = torch.randn(4, len(like), dtype=like.dtype, generator=torch.Generator().manual_seed(0)).to(like.device)
+    norm = 0.0
+    for _ in range(5):
+        basis = torch.linalg.qr(rows.T).Q
+        rows = apply(basis.T)
+        if not bool(rows.isfinite().all()):
+            return float("inf")
+        norm = float(torch.linalg.matrix_norm(rows, 2))
+    return norm
 
 
 Totals = dict[str, Tensor]
