@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from ihvp import ExactIHVP, FirstOrderInfluenceCalculator, IdentityIHVP, InfluenceModel, SecondOrderInfluenceCalculator
+from ihvp import (
+    ExactIHVP,
+    FirstOrderInfluenceCalculator,
+    IdentityIHVP,
+    InfluenceModel,
+    SecondOrderInfluenceCalculator,
+    make_ihvp,
+)
 from nets import F64, METHODS, PROBLEMS, assert_near, batches, flat, gradients, plain, rows
 from regressions import TRAIN, breast_cancer
 from torch import Tensor
@@ -17,9 +24,11 @@ DAMPING = 0.3
 GROUPS = (slice(0, 3), slice(3, 14))
 
 
-@pytest.mark.parametrize("sign", ["proponent", "loss_change"])
-@pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize("method", METHODS)
+EVERY = [(method, "plain", "proponent") for method in METHODS]
+MORE = [(method, name, "loss_change") for name in ("tokens", "pooled") for method in ("ekfac", "hessian")]
+
+
+@pytest.mark.parametrize(("method", "name", "sign"), EVERY + MORE)
 def test_the_formula(method: str, name: str, sign: str) -> None:
     data, own = PROBLEMS[name](), METHODS[method]
     model = data.model()
@@ -193,3 +202,32 @@ def test_weights_count_in_the_gradients() -> None:
         list(calculator.estimate_influence_parts_group([[rows(train, slice(n))]], [data.tests])) for n in (2, 3)
     )
     assert_near(two.first_order / (1 - 4 / 29) * (1 - 2 / 29) ** 2, three.first_order / (1 - 6 / 29) * (26 / 29) ** 2)
+
+
+@pytest.mark.parametrize("name", ["cgd", "nystroem", "arnoldi"])
+def test_iterative_curvatures(name: str) -> None:
+    """CG to its tolerance of 1e-4, sketches of full rank to 1e-4: against the direct solve."""
+    data = plain()
+    model = data.model()
+    p = model.nb_params
+    options = {"cgd": {"rtol": 1e-6}, "nystroem": {"rank": p}, "arnoldi": {"rank": p - 1, "krylov_dimension": p}}[name]
+    common = {"damping": 0.5, "curvature": "gauss_newton"}
+    if name == "arnoldi":
+        common["complement"] = "damped"
+    curvature = make_ihvp(name, model, [data.train], {**common, **options})
+    exact = make_ihvp("exact", model, [data.train], {"damping": 0.5, "curvature": "gauss_newton"})
+    group = batches(rows(data.train, slice(6)), 4)
+    own, want = (
+        next(
+            SecondOrderInfluenceCalculator(model, [data.train], one).estimate_influence_parts_group(
+                [group], [data.tests]
+            )
+        )
+        for one in (curvature, exact)
+    )
+    assert_near(own.total, want.total, 1e-4)
+    one, two = (FirstOrderInfluenceCalculator(model, [data.train], curve) for curve in (curvature, exact))
+    assert_near(one.perturbation(data.tests), two.perturbation(data.tests), 1e-4)
+    assert_near(one.scores_by_layer(data.tests)["0"], two.scores_by_layer(data.tests)["0"], 1e-4)
+    explored = one.explore_damping(data.tests, None, [0.5, 2.0])
+    assert_near(explored[2.0]["full"], two.explore_damping(data.tests, None, [2.0])[2.0]["full"], 1e-4)

@@ -45,8 +45,12 @@ def problem(name: str, method: str, **options: Any) -> tuple[Any, InfluenceModel
 # --- measurements ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize("method", METHODS)
+EVERY = [(method, "plain") for method in METHODS] + [
+    (method, name) for name in ("tokens", "pooled") for method in ("ekfac", "kfac pi", "fisher", "hessian")
+]
+
+
+@pytest.mark.parametrize(("method", "name"), EVERY)
 def test_scores_of_a_measurement(method: str, name: str) -> None:
     data, model, calculator = problem(name, method, measurement=margin)
     measured = InfluenceModel(data.net, margin, progress=False)
@@ -83,8 +87,7 @@ def test_wrong_measurements(measurement: Any, error: type[Exception], match: str
 # --- by layer and by block ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "name"), EVERY)
 @pytest.mark.parametrize("normalize", [False, "theta"])
 def test_scores_by_layer_are_those_of_the_layers_gradients(method: str, name: str, normalize: bool | str) -> None:
     data, model, calculator = problem(name, method, normalize=normalize)
@@ -102,7 +105,7 @@ def test_scores_by_layer_are_those_of_the_layers_gradients(method: str, name: st
 
 @pytest.mark.parametrize("method", METHODS)
 def test_scores_by_block_sum_to_the_scores(method: str) -> None:
-    data, model, calculator = problem("tokens", method, sign="loss_change")
+    data, model, calculator = problem("plain", method, sign="loss_change")
     found = calculator.scores_by_block(data.tests)
     assert found.keys() == calculator.curvature.blocks.keys()
     assert_near(sum(found.values()), calculator.scores(data.tests))

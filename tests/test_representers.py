@@ -223,3 +223,13 @@ def test_wrong_strengths(l2: Any) -> None:
     data = plain()
     with pytest.raises(ValueError, match="l2 must be a positive number"):
         RepresenterPointL2(data.model(start_layer=-1), [data.train], l2)
+
+
+def test_a_refit_that_does_not_become_stationary() -> None:
+    """The absolute error has kinks where the fit ends."""
+    data = ridge()
+    model = InfluenceModel(
+        data.net, lambda outputs, targets: (outputs - targets).abs().sum(-1), start_layer=-1, progress=False
+    )
+    with pytest.raises(RuntimeError, match=r"refit of layer '2' stopped at a relative gradient of .*a larger l2 helps"):
+        RepresenterPointL2(model, [data.train], 1e-3)

@@ -43,7 +43,8 @@ class EmpiricalInfluence(InfluenceCalculator[Steps]):
         step: length of a step, times the query's gradient.
         sign: "proponent" or "loss_change".
 
-    Source: Liu et al. 2022, Debugging and Explaining Metric Learning Approaches, section 4.
+    Source: Liu et al. 2022, Debugging and Explaining Metric Learning Approaches: An Influence Function Based
+    Perspective (NeurIPS), with raw gradients as directions.
     """
 
     def __init__(

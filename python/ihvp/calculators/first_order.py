@@ -27,8 +27,9 @@ class FirstOrderInfluenceCalculator(InfluenceCalculator[Queries]):
 
     With sign="proponent" (default) a positive score means that training on the example lowered the query's loss. With
     sign="loss_change" every result is the negative: the derivative of the query's loss with respect to the example's
-    weight. No factor 1/N is hidden. A loss whose l2 term strength/2 ||theta||^2 stands beside the mean over the
-    examples has the curvature F + strength I: there the damping is the strength.
+    weight; with the mean Hessian as curvature that is the base influence function. No factor 1/N is hidden. A loss
+    whose l2 term strength/2 ||theta||^2 stands beside the mean over the examples has the curvature F + strength I:
+    there the damping is the strength.
 
     Args:
         model: the InfluenceModel.
@@ -42,7 +43,7 @@ class FirstOrderInfluenceCalculator(InfluenceCalculator[Queries]):
             always that on the loss.
 
     Source: Koh and Liang 2017 (arXiv:1703.04730), eq. 2; Barshan et al. 2020 (arXiv:2003.11630), eq. 4 and 7 (RelatIF);
-    Grosse et al. 2023 (arXiv:2308.03296), eq. 5 (measurements).
+    Grosse et al. 2023 (arXiv:2308.03296), section 2.1 (measurements).
     """
 
     def __init__(

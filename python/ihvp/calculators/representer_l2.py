@@ -43,7 +43,7 @@ class RepresenterPointL2(InfluenceCalculator[Queries]):
         ValueError: another layer is tracked, or the tracked one is not the net's last operation.
         RuntimeError: the fit did not become stationary.
 
-    Source: Yeh et al. 2018 (arXiv:1811.09720), theorem 3.1; section 4.1 for the refitted layer.
+    Source: Yeh et al. 2018 (arXiv:1811.09720), theorem 3.1.
     """
 
     def __init__(

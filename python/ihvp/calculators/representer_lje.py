@@ -34,7 +34,8 @@ class RepresenterPointLJE(InfluenceCalculator[tuple[Queries, Tensor]]):
         sign: "proponent" or "loss_change".
         measurement: (outputs, targets) -> (N,) or (N,T).
 
-    Source: Sui et al. 2021, Representer Point Selection via Local Jacobian Expansion, theorem 3.1.
+    Source: Sui et al. 2021, Representer Point Selection via Local Jacobian Expansion for Post-hoc Classifier
+    Explanation of Deep Neural Networks and Ensemble Models (NeurIPS), expanded at the net's own weights.
     """
 
     def __init__(

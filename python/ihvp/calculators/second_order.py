@@ -43,7 +43,7 @@ class SecondOrderInfluenceCalculator:
         curvature: an IHVP object of the same model that multiplies; a copy of it is fitted to each group.
         sign: "proponent": positive when the group lowers the test group's loss; or "loss_change", the negative.
 
-    Source: Basu et al. 2020 (arXiv:1911.00418), eq. 9 to 11, there with the factor 1/N.
+    Source: Basu et al. 2020 (arXiv:1911.00418), there with the factor 1/N.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ class TracInCalculator(InfluenceCalculator[list[Queries]]):
     Raises:
         ValueError: no checkpoint, as many learning rates as not, or a checkpoint of another architecture.
 
-    Source: Pruthi et al. 2020 (arXiv:2002.08484), section 3.2 (TracInCP), section 3.4 (last layer).
+    Source: Pruthi et al. 2020 (arXiv:2002.08484), TracInCP.
     """
 
     def __init__(
