@@ -138,10 +138,10 @@ def test_the_peak_runs_what_it_says() -> None:
 
 def test_an_order_can_be_forced_and_its_record_judges_the_choice() -> None:
     problem = problems.dot(2, 3, 4, 5, 7)
-    with orders.forced("gradient_first"):
+    with orders.forced("gradient_dot", "gradient_first"):
         assert problem.explain().order == "gradient_first"
     assert orders.Op.best is not None and problem.explain().order in ("query_first", "gradient_first")
-    with pytest.raises(SystemExit, match="was not forced"), orders.forced("gradient_first"):
+    with pytest.raises(SystemExit, match="was not forced"), orders.forced("gradient_dot", "gradient_first"):
         problems.plain_product(9, 7).run()
     record = orders.measured(lambda: problems.dot(2, 3, 4, 5, 7), QUICK)
     assert record is not None and record["ratio"] >= 1 and record["met"] == (record["ratio"] <= orders.SLACK)

@@ -169,13 +169,14 @@ Status gradient_first(const View& out, const View& P, const Rows& a, const Rows&
                       int threads) {
     constexpr int lanes = Lanes<T>::width;
     constexpr int64_t most_examples = 5 * dot_examples;  // of a block: P is read once for so many
-    constexpr int64_t parts = 8;     // sums kept apart, so that their order does not follow the threads
-    constexpr int64_t dot_rows = 4;  // of a block at a time: a dot tile's operands stay in the L1 cache
+    constexpr int64_t most_parts = 8;  // sums kept apart, so that their order does not follow the threads
+    constexpr int64_t dot_rows = 4;    // of a block at a time: a dot tile's operands stay in the L1 cache
     static_assert(block_inputs % Panels<T>::width == 0, "whole tiles");
     int64_t Q = P.shape[0], I = a.features, O = delta.features;
     int64_t columns = ceil_div(I, block_inputs), block_outputs = block_rows;
-    while (block_outputs > 3 * tile_rows && ceil_div(O, block_outputs) * columns < parts) block_outputs /= 2;
-    int64_t blocks = ceil_div(O, block_outputs) * columns, size = block_outputs * block_inputs;
+    while (block_outputs > 3 * tile_rows && ceil_div(O, block_outputs) * columns < most_parts) block_outputs /= 2;
+    int64_t blocks = ceil_div(O, block_outputs) * columns, parts = least(blocks, most_parts);
+    int64_t size = block_outputs * block_inputs;
     int64_t examples = least(N, most_examples), rows_n = ceil_div(examples, dot_examples) * dot_examples;
     int64_t rows_q = ceil_div(Q, dot_queries) * dot_queries, size_sums = rows_q * rows_n * lanes;
     int64_t size_tokens = 2 * block_positions * block_rows, size_queries = dot_queries * dot_rows * block_inputs;

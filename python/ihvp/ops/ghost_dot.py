@@ -16,7 +16,8 @@ from ihvp.ops._arguments import (
     features,
     read_tokens,
 )
-from ihvp.ops._registry import Candidate, Op
+from ihvp.ops._registry import Candidate, Op, packing, padded, short
+from ihvp.ops.gradient_dot import cheapest as gradient_dot_best
 from ihvp.ops.gradient_dot import native as gradient_dot
 from ihvp.ops.per_sample_gradient import native as per_sample_gradient
 
@@ -105,15 +106,27 @@ def candidates(
     I, O = features(a1, bias), delta1.shape[2]
     item = 8 if compute_dtype(a1, delta1, a2, delta2) == torch.float64 else 4
     p, tokens = O * I, item * (M * T1 + N * T2) * (O + I)
+    pairs = padded(M * T1, 8) * padded(N * T2, 16)
+    step = _block(M, p)
+    shape_only = a1.new_empty(()).expand(step, O, I)
+    dots = gradient_dot_best(shape_only, a2, delta2, mask2, bias, False)
+    blocks = max(1, M // step)
+    overhead = ghost_overhead(pairs, T2, tokens / item)
     return [
-        Candidate("ghost", 2 * M * T1 * N * T2 * (O + I), tokens, item * 1024 * (O + I)),
+        Candidate("ghost", 2 * pairs * (O + I), tokens, item * 1024 * (O + I), overhead),
         Candidate(
             "gradient_first",
-            2 * M * T1 * p + 2 * N * T2 * p + 2 * M * N * p,
-            tokens + 2 * item * M * p,
-            item * _block(M, p) * p,
+            2 * M * T1 * p + blocks * dots.flops,
+            item * M * p + blocks * dots.bytes,
+            item * step * p + dots.workspace,
+            packing(M * T1 * (O + I) + 2 * M * p) + short(2 * M * T1 * p, T1) + blocks * dots.overhead,
         ),
     ]
+
+
+def ghost_overhead(pairs: float, T2: int, numbers: float) -> float:
+    """Of the native kernel: packing, and sums over positions that stand beside each other in a tile."""
+    return packing(numbers) + (80 if T2 > 1 else 10) * pairs
 
 
 def _block(M: int, p: int) -> int:

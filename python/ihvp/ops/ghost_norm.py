@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ihvp import _native
 from ihvp.ops._arguments import check_flag, check_pair, check_tensors, compute_dtype, features, read_tokens
-from ihvp.ops._registry import Candidate, Op
+from ihvp.ops._registry import Candidate, Op, packing, padded, short
 
 
 def ghost_norm(a: Tensor, delta: Tensor, *, mask: Tensor | None = None, bias: bool = False) -> Tensor:
@@ -53,9 +53,16 @@ def candidates(a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool) -> Seq
     I, O = features(a, bias), delta.shape[2]
     item = 8 if compute_dtype(a, delta) == torch.float64 else 4
     tokens, p = item * N * T * (O + I), O * I
+    pairs = N * (padded(T, 8) * padded(T, 16) if T <= 48 else T * (T + 48) / 2) if T > 1 else N
     return [
-        Candidate("ghost", N * T * (T + 1) * (O + I), tokens, 2 * item * min(T, 192) * (O + I)),
-        Candidate("gradient_first", 2 * N * T * p, tokens + item * p, item * (1024 * (O + I) + p)),
+        Candidate("ghost", 2 * pairs * (O + I), tokens, 2 * item * min(T, 192) * (O + I), packing(N * T * (O + I))),
+        Candidate(
+            "gradient_first",
+            2 * N * T * p,
+            tokens + item * p,
+            item * (1024 * (O + I) + p),
+            packing(N * T * (O + I) + p) + short(2 * N * T * p, T),
+        ),
     ]
 
 

@@ -18,8 +18,9 @@ from ihvp.ops._arguments import (
     read_tokens,
     shape_of,
 )
-from ihvp.ops._registry import Candidate, Op
-from ihvp.ops.gradient_dot import candidates as gradient_dot_candidates
+from ihvp.ops._registry import Candidate, Op, packing, padded, short
+from ihvp.ops.ghost_dot import ghost_overhead
+from ihvp.ops.gradient_dot import cheapest as gradient_dot_best
 from ihvp.ops.gradient_dot import native as gradient_dot
 from ihvp.ops.per_sample_gradient import native as per_sample_gradient
 
@@ -91,14 +92,22 @@ def candidates(
     N, T, _ = a.shape
     item = 8 if compute_dtype(L, R, a, delta) == torch.float64 else 4
     tokens = item * N * T * (O + I)
-    low = Candidate("low_rank", 2 * Q * r * N * T * (O + I), tokens, item * 1024 * (O + I))
+    pairs = padded(Q * r, 8) * padded(N * T, 16)
+    overhead = ghost_overhead(pairs, 1 if per_token else T, tokens / item)
+    low = Candidate("low_rank", 2 * pairs * (O + I), tokens, item * 1024 * (O + I), overhead)
     if Q * O * I > 2**26:  # P would take more than its worth of memory
         return [low]
     P = item * Q * O * I
     shape_only = L.new_empty(()).expand(Q, O, I)
-    orders = gradient_dot_candidates(shape_only, a, delta, mask, bias, per_token)
-    best = min(orders, key=lambda candidate: candidate.flops)
-    return [low, Candidate("dense", 2 * Q * r * O * I + best.flops, 2 * P + best.bytes, P + best.workspace)]
+    dots = gradient_dot_best(shape_only, a, delta, mask, bias, per_token)
+    dense = Candidate(
+        "dense",
+        2 * Q * r * O * I + dots.flops,
+        2 * P + dots.bytes,
+        P + dots.workspace,
+        packing(2 * Q * O * I) + short(2 * Q * r * O * I, r) + dots.overhead,
+    )
+    return [low, dense]
 
 
 def native(L: Tensor, R: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool, per_token: bool) -> Tensor:
