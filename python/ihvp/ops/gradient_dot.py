@@ -95,7 +95,7 @@ def candidates(
     )
     if per_token:
         return [query]
-    examples = min(N, 30)
+    examples = max(1, min(N, 30))
     passes = max(1, N // examples)
     whole = padded(O, 8) * padded(I, 16)
     products, dots = 2 * M * whole, 2 * padded(Q, 4) * padded(N, 6) * O * padded(I, 16)
