@@ -537,13 +537,13 @@ def test_explain_chooses_the_cheapest_order(op: str, shape: dict[str, int]) -> N
 
 
 def test_explain_knows_when_each_order_pays() -> None:
-    shape = {"N": 3, "I": 96, "O": 96, "Q": 200}
-    for op, short, long in (
-        ("ekfac_diagonal_update_", "project_first", "gradient_first"),
-        ("gradient_dot", "query_first", "gradient_first"),
+    for op, few, many, dims in (
+        ("ekfac_diagonal_update_", "project_first", "gradient_first", {"T": (1, 300)}),
+        ("gradient_dot", "query_first", "gradient_first", {"Q": (1, 200)}),
     ):
-        for T, order in ((1, short), (300, long)):
-            call = make(op, {**shape, "T": T})
+        ((name, sizes),) = dims.items()
+        for size, order in zip(sizes, (few, many), strict=True):
+            call = make(op, {"N": 3, "T": 300, "I": 96, "O": 96, name: size})
             assert ihvp.explain(getattr(ops, op), **call.arguments).order == order
 
 
