@@ -116,7 +116,8 @@ def native(L: Tensor, R: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, 
     if a.shape[1] * L.shape[1] * L.shape[2] * R.shape[2] == 0:
         return out.zero_()
     if _op.best(L, R, a, delta, mask, bias, per_token) == "dense":
-        return gradient_dot(per_sample_gradient(R, L.mT, None, False), a, delta, mask, bias, per_token)
+        P = per_sample_gradient(R.to(out.dtype), L.mT, None, False)  # as wide as the result
+        return gradient_dot(P, a, delta, mask, bias, per_token)
     _native.ghost_dot(out, R, L.mT, a, delta, None, mask, False, bias, per_token, torch.get_num_threads())
     return out
 
