@@ -154,10 +154,9 @@ def native(
     step = _block(a1.shape[0], I * O)
     for first in range(0, a1.shape[0], step):
         some = slice(first, first + step)
-        mask = mask1 if mask1 is None else mask1[some]
-        out[some] = gradient_dot(
-            per_sample_gradient(a1[some], delta1[some], mask, bias), a2, delta2, mask2, bias, False
-        )
+        mask = None if mask1 is None else mask1[some]
+        P = per_sample_gradient(a1[some].to(out.dtype), delta1[some], mask, bias)  # as wide as the result
+        out[some] = gradient_dot(P, a2, delta2, mask2, bias, False)
     return out
 
 
