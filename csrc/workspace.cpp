@@ -9,9 +9,13 @@ namespace ihvp {
 
 namespace {
 
-constexpr size_t line = 64;                      // holds the block's capacity, then the memory follows
-constexpr size_t huge_page = size_t(1) << 21;    // asked for where a block spans several
-constexpr size_t kept_limit = size_t(64) << 20;  // a larger block goes back to the system
+constexpr size_t line = 64;                    // holds the block's capacity, then the memory follows
+constexpr size_t huge_page = size_t(1) << 21;  // asked for where a block spans several
+#ifdef __SANITIZE_ADDRESS__  // a block of its very size for every call, so that a kernel that leaves it is seen
+constexpr size_t page = line, kept_limit = 0;
+#else
+constexpr size_t page = 4096, kept_limit = size_t(64) << 20;  // a larger block goes back to the system
+#endif
 
 char* kept = nullptr;
 
@@ -24,7 +28,7 @@ void* borrow_memory(size_t size) {
     if (block != nullptr && capacity(block) >= size) return block + line;
     std::free(block);
     bool large = size >= 2 * huge_page;
-    size_t unit = large ? huge_page : 4096;
+    size_t unit = large ? huge_page : page;
     size_t total = (size + line + unit - 1) / unit * unit;
     void* memory = nullptr;
     if (total < size || posix_memalign(&memory, unit, total) != 0) return nullptr;

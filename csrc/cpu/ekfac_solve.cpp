@@ -69,10 +69,10 @@ Status run(const View& out, const View& V, const View& U_A, const View& U_G, con
         return panels;
     };
     auto by_blocks = [&](int64_t count, int64_t rows, auto task) {
-        int64_t blocks = ceil_div(rows, block_rows);
+        int64_t blocks = ceil_div(rows, product_rows<T>);
         parallel(threads, count * blocks, [&](int64_t index, int) {
-            int64_t first = index % blocks * block_rows;
-            task(index / blocks, first, least(rows, first + block_rows));
+            int64_t first = index % blocks * product_rows<T>;
+            task(index / blocks, first, least(rows, first + product_rows<T>));
         });
     };
     Rows eigenvalues = matrix_rows(Lambda, true);

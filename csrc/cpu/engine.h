@@ -228,18 +228,22 @@ IHVP_INLINE void multiply(Tile<T>& tile, const Panels<T>& x, int64_t i, const Pa
              y.columns - p * P, ahead);
 }
 
+// Columns of X that a product keeps in the L2 cache, as many bytes for double as for float.
+template <class T>
+constexpr int64_t product_rows = block_rows * int64_t(sizeof(float)) / int64_t(sizeof(T));
+
 // X^T Y for the columns i0..i1 of X and the panels p0..p1 of Y, all of k. What is multiplied at a time lies in the L2
-// cache: block_rows columns of X, one panel of Y, block_k of k. Where k is longer, the tiles of a block of X by
+// cache: product_rows columns of X, one panel of Y, block_k of k. Where k is longer, the tiles of a block of X by
 // block_panels of Y wait for the next block of k.
 template <class T, class Finish>
 IHVP_INLINE void product(const Panels<T>& x, int64_t i0, int64_t i1, const Panels<T>& y, int64_t p0, int64_t p1,
                          const Finish& finish) {
     constexpr int64_t W = Panels<T>::width, block_k = block_bytes / (W * int64_t(sizeof(T)));
-    constexpr int64_t block_panels = 4, block_tiles = block_rows / tile_rows;
+    constexpr int64_t block_panels = 4, block_tiles = product_rows<T> / tile_rows;
     Tile<T> waiting[block_panels * block_tiles];
     bool whole = x.depth <= 2 * block_k;
-    for (int64_t rows = i0; rows < i1; rows += block_rows) {
-        int64_t end = least(i1, rows + block_rows);
+    for (int64_t rows = i0; rows < i1; rows += product_rows<T>) {
+        int64_t end = least(i1, rows + product_rows<T>);
         for (int64_t group = p0; group < p1; group += block_panels) {
             int64_t group_end = least(p1, group + block_panels), k = 0;
             do {
@@ -268,9 +272,9 @@ IHVP_INLINE void product(const Panels<T>& x, int64_t i0, int64_t i1, const Panel
 template <class T, bool upper, class Finish>
 void product(const Panels<T>& x, const Panels<T>& y, int threads, const Finish& finish) {
     constexpr int64_t W = Panels<T>::width, group = 4;
-    int64_t blocks = ceil_div(x.columns, block_rows), groups = ceil_div(y.count(), group);
+    int64_t blocks = ceil_div(x.columns, product_rows<T>), groups = ceil_div(y.count(), group);
     parallel(threads, blocks * groups, [&](int64_t task, int) {
-        int64_t first = task / groups * block_rows, end = least(x.columns, first + block_rows);
+        int64_t first = task / groups * product_rows<T>, end = least(x.columns, first + product_rows<T>);
         int64_t p0 = task % groups * group, p1 = least(y.count(), p0 + group);
         if (!upper || end <= p0 * W) {
             product(x, first, end, y, p0, p1, finish);
@@ -356,13 +360,13 @@ int64_t basis_size(const View& U, int64_t d) {
 template <class T>
 int64_t rows_of_a_task(int64_t positions, int threads) {
     constexpr int64_t W = Panels<T>::width;
-    return most(1, least(block_rows / W, ceil_div(positions, W) / (2 * threads))) * W;
+    return most(1, least(product_rows<T> / W, ceil_div(positions, W) / (2 * threads))) * W;
 }
 
 // Elements of such a task's packed positions, `depth` features each.
 template <class T>
 int64_t task_size(int64_t depth) {
-    return depth * most(block_rows, Panels<T>::width);
+    return depth * most(product_rows<T>, Panels<T>::width);
 }
 
 // out[m, c] = sum_k x[m, k] U[k, c] for the positions first.. of x, as panels with k = m; squared where asked.
