@@ -11,6 +11,7 @@ from ihvp.ops._arguments import (
     compute_dtype,
     read_tokens,
 )
+from ihvp.ops._gpu import triton
 from ihvp.ops._registry import Op
 
 
@@ -88,6 +89,6 @@ def fake(
 _op = Op(
     "ghost_dot",
     "(Tensor a1, Tensor delta1, Tensor a2, Tensor delta2, Tensor? mask1, Tensor? mask2, bool bias) -> Tensor",
-    {"reference": reference},
+    {"reference": reference, "triton": triton("ghost_dot")},
     fake=fake,
 )

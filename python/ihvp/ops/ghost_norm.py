@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ihvp.ops._arguments import check_flag, check_pair, check_tensors, compute_dtype, read_tokens
+from ihvp.ops._gpu import triton
 from ihvp.ops._registry import Op
 
 
@@ -43,6 +44,6 @@ def reference(a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool) -> Tens
 _op = Op(
     "ghost_norm",
     "(Tensor a, Tensor delta, Tensor? mask, bool bias) -> Tensor",
-    {"reference": reference},
+    {"reference": reference, "triton": triton("ghost_norm")},
     fake=lambda a, delta, mask, bias: a.new_empty(a.shape[0], dtype=compute_dtype(a, delta)),
 )

@@ -14,6 +14,7 @@ from ihvp.ops._arguments import (
     read_tokens,
     shape_of,
 )
+from ihvp.ops._gpu import triton
 from ihvp.ops._registry import Op
 
 
@@ -80,6 +81,6 @@ def fake(L: Tensor, R: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bi
 _op = Op(
     "gradient_dot_low_rank",
     "(Tensor L, Tensor R, Tensor a, Tensor delta, Tensor? mask, bool bias, bool per_token) -> Tensor",
-    {"reference": reference},
+    {"reference": reference, "triton": triton("gradient_dot_low_rank")},
     fake=fake,
 )

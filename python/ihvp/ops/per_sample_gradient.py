@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ihvp.ops._arguments import check_flag, check_pair, check_tensors, compute_dtype, features, read_tokens
+from ihvp.ops._gpu import triton
 from ihvp.ops._registry import Op
 
 
@@ -44,6 +45,6 @@ def fake(a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool) -> Tensor:
 _op = Op(
     "per_sample_gradient",
     "(Tensor a, Tensor delta, Tensor? mask, bool bias) -> Tensor",
-    {"reference": reference},
+    {"reference": reference, "triton": triton("per_sample_gradient")},
     fake=fake,
 )

@@ -1,0 +1,129 @@
+"""The host's side of every kernel: launching it, the arithmetic of its products, its tiles and its workspace."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LEAST_CAPABILITY = (8, 0)
+WORKSPACE = 1 << 28  # bytes that a call takes at most, unless a single example needs more
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+T = TypeVar("T")
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, constants: Mapping[str, Any], warps: int, stages: int = 3
+) -> None:
+    """Run a kernel on the device and the current stream of its first argument; nothing waits for it.
+
+    Raises RuntimeError for a device older than the kernels' instructions.
+    """
+    if 0 in grid:
+        return
+    device = arguments[0].device
+    if device.type != "cuda":  # the interpreter
+        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        raise RuntimeError(
+            f"the Triton kernels need compute capability 8.0 or newer, {device} has {capability[0]}.{capability[1]}"
+        )
+    with torch.cuda.device(device) if device.index != torch.cuda.current_device() else contextlib.nullcontext():
+        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """In which type the operands of a product meet, and how float32 ones are multiplied."""
+
+    dtype: torch.dtype
+    precision: str
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        interpreted = triton.knobs.runtime.interpret  # numpy has no bfloat16
+        return {"DTYPE": tl.float32 if interpreted else TYPES[self.dtype], "PRECISION": self.precision}
+
+    @property
+    def limit(self) -> int:
+        """The widest tile of two accumulators that stays in registers: three products need twice the operands."""
+        return 64 if self.precision == "tf32x3" else 128
+
+
+ACCURATE = Arithmetic(torch.float32, "tf32x3")
+
+
+def arithmetic(*operands: Tensor) -> Arithmetic:
+    """Of operands as they are stored: 16-bit ones of one type as they are, all others in float32."""
+    dtype = operands[0].dtype
+    if dtype != torch.float32 and all(x.dtype == dtype for x in operands):
+        return Arithmetic(dtype, "ieee")
+    return wide_arithmetic()
+
+
+def wide_arithmetic() -> Arithmetic:
+    """Of operands that meet in float32 whatever they are stored in."""
+    return Arithmetic(torch.float32, "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32")
+
+
+def projected_dtype(*operands: Tensor) -> torch.dtype:
+    """In which type projected tokens are kept between two products."""
+    medium = torch.get_float32_matmul_precision() == "medium"
+    return torch.bfloat16 if medium and all(x.dtype == torch.bfloat16 for x in operands) else torch.float32
+
+
+def block(size: int, limit: int) -> int:
+    """The tile's edge for an extent: a power of two from 16, the tensor cores' least, to `limit`."""
+    return int(max(16, min(limit, triton.next_power_of_2(size))))
+
+
+def count(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def splits(device: torch.device, tiles: int, depth: int, least: int) -> int:
+    """Into how many parts a sum over `depth` is cut, of `least` terms or more, to fill the device twice."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return max(1, min(2 * processors // max(tiles, 1), count(depth, least)))
+
+
+def flat_rows(x: Tensor) -> tuple[int, int, int]:
+    """(T, stride_n, stride_t) of the rows of (N,T,features); T = 1 where one stride leads through all of them."""
+    N, T, _ = x.shape
+    if T == 1:
+        return 1, x.stride(0), 0
+    if N <= 1 or x.stride(0) == T * x.stride(1):
+        return 1, x.stride(1), 0
+    return T, x.stride(0), x.stride(1)
+
+
+def mask_bytes(mask: Tensor | None) -> Tensor | None:
+    """(N,T) bytes side by side, as kernels read a mask."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def workspace(op: str, count: int, bytes_each: int, make: Callable[[int], T]) -> tuple[int, T]:
+    """`make(chunk)` for as many of `count` items at once as WORKSPACE holds; half as many when memory runs out.
+
+    Raises torch.OutOfMemoryError with what was needed when that fails too.
+    """
+    chunk = max(1, min(count, WORKSPACE // max(bytes_each, 1)))
+    try:
+        return chunk, make(chunk)
+    except torch.OutOfMemoryError:
+        chunk = max(1, chunk // 2)
+    try:
+        return chunk, make(chunk)
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"{op} needs {chunk * bytes_each / 2**20:.1f} MiB of workspace for {chunk} of {count} at a time"
+        ) from error
