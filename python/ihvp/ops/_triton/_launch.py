@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 LEAST_CAPABILITY = (8, 0)
+REGISTERS = 255  # a thread may have; left alone, ptxas spills a few of them to fit one more block
 WORKSPACE = 1 << 28  # bytes that a call takes at most, unless a single example needs more
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -30,7 +31,7 @@ def launch(
         return
     device = arguments[0].device
     if device.type != "cuda":  # the interpreter
-        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
+        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, maxnreg=REGISTERS)
         return
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
@@ -38,7 +39,7 @@ def launch(
             f"the Triton kernels need compute capability 8.0 or newer, {device} has {capability[0]}.{capability[1]}"
         )
     with torch.cuda.device(device) if device.index != torch.cuda.current_device() else contextlib.nullcontext():
-        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
+        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, maxnreg=REGISTERS)
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,12 @@ class Arithmetic:
         interpreted = triton.knobs.runtime.interpret  # numpy has no bfloat16
         return {"DTYPE": tl.float32 if interpreted else TYPES[self.dtype], "PRECISION": self.precision}
 
-    @property
-    def limit(self) -> int:
-        """The widest tile of two accumulators that stays in registers: three products need twice the operands."""
-        return 64 if self.precision == "tf32x3" else 128
+    def limit(self, *operands: Tensor) -> int:
+        """The widest tile that stays in registers, of operands that are read as given.
+
+        Three products need twice the operands, and what is not read 16 bytes at a time an address for every element.
+        """
+        return 128 if self.precision != "tf32x3" and all(map(vectorised, operands)) else 64
 
 
 ACCURATE = Arithmetic(torch.float32, "tf32x3")
@@ -79,6 +82,22 @@ def projected_dtype(*operands: Tensor) -> torch.dtype:
     """In which type projected tokens are kept between two products."""
     medium = torch.get_float32_matmul_precision() == "medium"
     return torch.bfloat16 if medium and all(x.dtype == torch.bfloat16 for x in operands) else torch.float32
+
+
+def depth(how: Arithmetic) -> int:
+    """Terms of a sum a step: 64 bytes of TF32 operands, which go through registers three times, or 128 of others."""
+    return {"tf32x3": 16, "tf32": 32, "ieee": 64}[how.precision]
+
+
+def vectorised(x: Tensor) -> bool:
+    """Whether Triton can see that 16 bytes lie side by side: extents and strides of multiples of 16, and one of 1."""
+    strides = sorted(x.stride()[-2:])
+    near = strides[0] == 1 and all(stride % 16 == 0 for stride in (*strides[1:], *x.stride()[:-2]))
+    return near and all(size % 16 == 0 for size in x.shape[-2:]) and x.data_ptr() % 16 == 0
+
+
+def warps(rows: int, columns: int) -> int:
+    return 8 if rows * columns >= 4096 else 4
 
 
 def block(size: int, limit: int) -> int:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ihvp.ops._triton._launch import arithmetic, block, count, flat_rows, launch, mask_bytes, splits
+from ihvp.ops._triton._launch import arithmetic, block, count, depth, flat_rows, launch, mask_bytes, splits, vectorised, warps
 from ihvp.ops._triton._tile import load_tokens, real_rows
 
 CHUNK = 4096  # positions summed in float32 before they are added to C, which may be wider
@@ -56,14 +56,15 @@ def covariance_kernel(
             x_i = load_tokens(x_ptr, offsets, real, i, features, stride_xi, BIAS, DTYPE)
             x_j = load_tokens(x_ptr, offsets, real, j, features, stride_xi, BIAS, DTYPE)
             acc = tl.dot(tl.trans(x_i), x_j, acc, input_precision=PRECISION)
+        inside_i, inside_j = i < d, j < d
         if row == column:  # tensor cores do not promise a symmetric tile
             acc = tl.where(i[:, None] <= j[None, :], acc, tl.trans(acc))
-        inside = (i < d)[:, None] & (j < d)[None, :]
+        inside = inside_i[:, None] & inside_j[None, :]
         at = C_ptr + i[:, None] * stride_ci + j[None, :] * stride_cj
         tl.store(at, tl.load(at, mask=inside, other=0.0) + acc.to(C_ptr.dtype.element_ty), mask=inside)
         if row != column:
             acc = tl.trans(acc)
-            inside = (j < d)[:, None] & (i < d)[None, :]
+            inside = inside_j[:, None] & inside_i[None, :]
             at = C_ptr + j[:, None] * stride_ci + i[None, :] * stride_cj
             tl.store(at, tl.load(at, mask=inside, other=0.0) + acc.to(C_ptr.dtype.element_ty), mask=inside)
 
@@ -74,7 +75,8 @@ def run(C: Tensor, x: Tensor, mask: Tensor | None, bias: bool) -> None:
     if d == 0 or positions == 0:
         return
     how = arithmetic(x)
-    edge = block(d, how.limit)
+    narrow = how.precision == "tf32x3" and not vectorised(x)  # addresses and three products: beyond the registers
+    edge = block(d, 32 if narrow else how.limit(x))
     side = count(d, edge)
     tiles = side * (side + 1) // 2
     parts = splits(x.device, tiles, positions, CHUNK)
@@ -95,8 +97,8 @@ def run(C: Tensor, x: Tensor, mask: Tensor | None, bias: bool) -> None:
         *out.stride(),
         *flat_rows(x)[1:],
         x.stride(2),
-        constants={**how.constants, "BIAS": bias, "CHUNK": CHUNK, "BLOCK_D": edge, "BLOCK_T": 32},
-        warps=8 if edge == 128 else 4,
+        constants={**how.constants, "BIAS": bias, "CHUNK": CHUNK, "BLOCK_D": edge, "BLOCK_T": depth(how)},
+        warps=warps(edge, edge),
     )
     if parts > 1:
         C += out.sum(0)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ihvp.ops._triton._launch import ACCURATE, Arithmetic, arithmetic, block, count, flat_rows, launch, mask_bytes
+from ihvp.ops._triton._launch import ACCURATE, Arithmetic, arithmetic, block, count, depth, flat_rows, launch, mask_bytes, warps
 from ihvp.ops._triton._tile import corner, load_tokens, real_rows
 
 
@@ -52,7 +52,8 @@ def project_kernel(
 def project(out: Tensor, x: Tensor, U: Tensor, mask: Tensor | None, bias: bool, how: Arithmetic) -> Tensor:
     """Into `out` (N,T,I'), contiguous, of any type."""
     N, T, features = x.shape
-    rows, columns = block(N * T, how.limit), block(U.shape[1], how.limit)
+    widest = how.limit(x, U)
+    rows, columns = block(N * T, widest), block(U.shape[1], widest)
     launch(
         project_kernel,
         (count(N * T, rows) * count(U.shape[1], columns),),
@@ -67,8 +68,8 @@ def project(out: Tensor, x: Tensor, U: Tensor, mask: Tensor | None, bias: bool, 
         *flat_rows(x)[1:],
         x.stride(2),
         *U.stride(),
-        constants={**how.constants, "BIAS": bias, "BLOCK_T": rows, "BLOCK_J": columns, "BLOCK_I": 32},
-        warps=8 if rows * columns > 8192 else 4,
+        constants={**how.constants, "BIAS": bias, "BLOCK_T": rows, "BLOCK_J": columns, "BLOCK_I": depth(how)},
+        warps=warps(rows, columns),
     )
     return out
 

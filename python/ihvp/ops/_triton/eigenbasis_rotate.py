@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ihvp.ops._triton._launch import ACCURATE, block, count, launch, workspace
+from ihvp.ops._triton._launch import ACCURATE, block, count, depth, launch, warps, workspace
 from ihvp.ops._triton._tile import corner, load_tokens
 from ihvp.ops._triton.eigenbasis_project import project
 
@@ -59,7 +59,7 @@ def rotate_rows(out: Tensor, U: Tensor, V: Tensor, divide: tuple[Tensor, Tensor]
     V (Q,O,I) and out[d] are contiguous float32.
     """
     Q, O, I = V.shape
-    rows, columns = block(O, ACCURATE.limit), block(I, ACCURATE.limit)
+    rows, columns = block(O, ACCURATE.limit(V)), block(I, ACCURATE.limit(V))
     Lambda, dampings = divide or (None, None)
     launch(
         rows_kernel,
@@ -75,8 +75,8 @@ def rotate_rows(out: Tensor, U: Tensor, V: Tensor, divide: tuple[Tensor, Tensor]
         *U.stride(),
         *((0, 0) if Lambda is None else Lambda.stride()),
         0 if dampings is None else out.stride(0),
-        constants={**ACCURATE.constants, "BLOCK_O": rows, "BLOCK_I": columns, "BLOCK_P": 32},
-        warps=4,
+        constants={**ACCURATE.constants, "BLOCK_O": rows, "BLOCK_I": columns, "BLOCK_P": depth(ACCURATE)},
+        warps=warps(rows, columns),
     )
 
 

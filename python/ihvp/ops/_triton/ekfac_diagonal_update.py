@@ -11,10 +11,12 @@ from ihvp.ops._triton._launch import (
     arithmetic,
     block,
     count,
+    depth,
     launch,
     mask_bytes,
     projected_dtype,
     splits,
+    warps,
     wide_arithmetic,
     workspace,
 )
@@ -105,10 +107,11 @@ def add_squares(Lambda: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, b
     N, T, features = a.shape
     O, I = Lambda.shape
     how = wide_arithmetic() if T == 1 else arithmetic(a, delta)  # squares of float16 underflow
-    rows, columns = block(O, how.limit), block(I, how.limit)
-    depth = 64 if how.dtype != torch.float32 else 32
+    widest = how.limit(a, delta)
+    rows, columns = block(O, widest), block(I, widest)
+    step = depth(how)
     tiles = count(O, rows) * count(I, columns)
-    parts = max(splits(a.device, tiles, N, depth if T == 1 else 1), count(N, EXAMPLES))
+    parts = max(splits(a.device, tiles, N, step if T == 1 else 1), count(N, EXAMPLES))
     per_split = count(N, parts)
     parts = count(N, per_split)
     out = Lambda.unsqueeze(0) if parts == 1 else torch.empty(parts, O, I, device=a.device)
@@ -135,9 +138,9 @@ def add_squares(Lambda: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, b
             "ADD": parts == 1,
             "BLOCK_O": rows,
             "BLOCK_I": columns,
-            "BLOCK_T": depth,
+            "BLOCK_T": step,
         },
-        warps=8 if rows * columns > 4096 else 4,
+        warps=warps(rows, columns),
     )
     if parts > 1:
         Lambda += out.sum(0)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ihvp.ops._triton._launch import arithmetic, block, count, launch, mask_bytes, projected_dtype, workspace
+from ihvp.ops._triton._launch import arithmetic, block, count, depth, launch, mask_bytes, projected_dtype, warps, workspace
 from ihvp.ops._triton._tile import corner, gradient_tile
 from ihvp.ops._triton.eigenbasis_project import project
 from ihvp.ops._triton.gradient_dot import row_dot
@@ -74,7 +74,8 @@ def weighted_squares(
     """(N,): sum_oi weight[o,i] g_n[o,i]^2, weight (O,I') contiguous float32."""
     N, T, features = a.shape
     how = arithmetic(a, delta)
-    rows, columns = block(O, how.limit), block(I, how.limit)
+    widest = how.limit(a, delta)
+    rows, columns = block(O, widest), block(I, widest)
     tiles = count(O, rows) * count(I, columns)
     parts = torch.empty(tiles, N, device=a.device)
     launch(
@@ -97,9 +98,9 @@ def weighted_squares(
             "BIAS": bias,
             "BLOCK_O": rows,
             "BLOCK_I": columns,
-            "BLOCK_T": 64 if how.dtype != torch.float32 else 32,
+            "BLOCK_T": depth(how),
         },
-        warps=8 if rows * columns > 8192 else 4,
+        warps=warps(rows, columns),
     )
     return parts.sum(0)
 

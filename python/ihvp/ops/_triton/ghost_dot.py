@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ihvp.ops._triton._launch import Arithmetic, arithmetic, block, count, launch, mask_bytes
+from ihvp.ops._triton._launch import Arithmetic, arithmetic, count, depth, launch, mask_bytes, warps
 from ihvp.ops._triton._tile import load_tokens, real_rows
 
 EDGE = 64  # rows of positions a tile: two accumulators of it
@@ -189,9 +189,9 @@ def gram(
             "BLOCK_S": positions1,
             "EXAMPLES2": examples2,
             "BLOCK_T": positions2,
-            "BLOCK_K": block(max(I, O), 32),
+            "BLOCK_K": depth(how),
         },
-        warps=4,
+        warps=warps(edge, edge),
     )
 
 

@@ -15,11 +15,13 @@ from ihvp.ops._triton._launch import (
     arithmetic,
     block,
     count,
+    depth,
     flat_rows,
     launch,
     mask_bytes,
     projected_dtype,
     splits,
+    warps,
     wide_arithmetic,
     workspace,
 )
@@ -109,7 +111,8 @@ def row_dot(
     (N, T, features), (Q, O, I) = a.shape, P.shape
     positions = N * T
     how = arithmetic(P, delta) if left is None and not squared else wide_arithmetic()
-    rows, columns = block(positions, how.limit), block(I, how.limit)
+    widest = how.limit(P, a, delta)
+    rows, columns = block(positions, widest), block(I, widest)
     row_blocks = count(positions, rows)
     parts = splits(a.device, Q * row_blocks, count(I, columns), 1)
     per_split = count(count(I, columns), parts) * columns
@@ -143,10 +146,10 @@ def row_dot(
             "BIAS": bias,
             "SQUARE": squared,
             "BLOCK_T": rows,
-            "BLOCK_O": 32,
+            "BLOCK_O": depth(how),
             "BLOCK_I": columns,
         },
-        warps=8 if rows * columns > 8192 else 4,
+        warps=warps(rows, columns),
     )
     return out[0] if parts == 1 else out.sum(0)
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ihvp.ops._triton._launch import arithmetic, block, count, flat_rows, launch, mask_bytes
+from ihvp.ops._triton._launch import arithmetic, block, count, depth, flat_rows, launch, mask_bytes, warps
 from ihvp.ops._triton._tile import load_tokens, real_rows
 
 
@@ -120,8 +120,8 @@ def run(L: Tensor, R: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bia
             "BLOCK_T": rows,
             "BLOCK_Q": queries,
             "BLOCK_R": directions,
-            "BLOCK_K": 32,
+            "BLOCK_K": depth(how),
         },
-        warps=4,
+        warps=warps(rows, queries * directions),
     )
     return terms if per_token else terms.sum(2)

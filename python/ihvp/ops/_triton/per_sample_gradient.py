@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ihvp.ops._triton._launch import arithmetic, block, count, launch, mask_bytes
+from ihvp.ops._triton._launch import arithmetic, block, count, depth, launch, mask_bytes, warps
 from ihvp.ops._triton._tile import corner, gradient_tile
 
 
@@ -68,7 +68,8 @@ def gradients(out: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: 
     N, T, features = a.shape
     _, O, I = out.shape
     how = arithmetic(a, delta)
-    rows, columns = block(O, how.limit), block(I, how.limit)
+    widest = how.limit(a, delta)
+    rows, columns = block(O, widest), block(I, widest)
     launch(
         gradient_kernel,
         (N * count(O, rows) * count(I, columns),),
@@ -87,9 +88,9 @@ def gradients(out: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: 
             "BIAS": bias,
             "BLOCK_O": rows,
             "BLOCK_I": columns,
-            "BLOCK_T": 64 if how.dtype != torch.float32 else 32,
+            "BLOCK_T": depth(how),
         },
-        warps=8 if rows * columns > 8192 else 4,
+        warps=warps(rows, columns),
     )
     return out
 
