@@ -78,12 +78,6 @@ def wide_arithmetic() -> Arithmetic:
     return Arithmetic(torch.float32, "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32")
 
 
-def projected_dtype(*operands: Tensor) -> torch.dtype:
-    """In which type projected tokens are kept between two products."""
-    medium = torch.get_float32_matmul_precision() == "medium"
-    return torch.bfloat16 if medium and all(x.dtype == torch.bfloat16 for x in operands) else torch.float32
-
-
 def depth(how: Arithmetic) -> int:
     """Terms of a sum a step: 64 bytes of TF32 operands, which go through registers three times, or 128 of others."""
     return {"tf32x3": 16, "tf32": 32, "ieee": 64}[how.precision]

@@ -33,8 +33,8 @@ def gradient_tile(
     T,
     o,
     i,
-    O,
-    features,
+    features_d,
+    features_a,
     stride_at,
     stride_ai,
     stride_dt,
@@ -51,8 +51,8 @@ def gradient_tile(
     for start in range(0, T, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T).to(tl.int64)
         real = real_rows(mask_ptr, t, T)
-        x = load_tokens(a_ptr, t * stride_at, real, i, features, stride_ai, BIAS, DTYPE)
-        d = load_tokens(d_ptr, t * stride_dt, real, o, O, stride_do, False, DTYPE)
+        x = load_tokens(a_ptr, t * stride_at, real, i, features_a, stride_ai, BIAS, DTYPE)
+        d = load_tokens(d_ptr, t * stride_dt, real, o, features_d, stride_do, False, DTYPE)
         acc = tl.dot(tl.trans(d), x, acc, input_precision=PRECISION)
     return acc
 

@@ -21,6 +21,7 @@ def project_kernel(
     T,
     features,
     columns,
+    width,
     stride_xn,
     stride_xt,
     stride_xi,
@@ -33,7 +34,7 @@ def project_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    m, j = corner(tl.program_id(0), tl.cdiv(columns, BLOCK_J), BLOCK_T, BLOCK_J)
+    m, j = corner(tl.program_id(0), tl.cdiv(width, BLOCK_J), BLOCK_T, BLOCK_J)
     real = real_rows(mask_ptr, m, positions)
     offsets = m // T * stride_xn + m % T * stride_xt
     acc = tl.zeros((BLOCK_T, BLOCK_J), tl.float32)
@@ -45,18 +46,18 @@ def project_kernel(
         x = load_tokens(x_ptr, offsets, real, i, features, stride_xi, False, DTYPE)
         U = load_tokens(U_ptr, i * stride_ui, i < features, j, columns, stride_uj, False, DTYPE)
         acc = tl.dot(x, U, acc, input_precision=PRECISION)
-    at = out_ptr + m[:, None] * columns + j[None, :]
-    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(m < positions)[:, None] & (j < columns)[None, :])
+    at = out_ptr + m[:, None] * width + j[None, :]
+    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(m < positions)[:, None] & (j < width)[None, :])
 
 
 def project(out: Tensor, x: Tensor, U: Tensor, mask: Tensor | None, bias: bool, how: Arithmetic) -> Tensor:
-    """Into `out` (N,T,I'), contiguous, of any type."""
+    """Into `out` (N,T,width), contiguous, of any type; zeros beyond the I' columns of U."""
     N, T, features = x.shape
     widest = how.limit(x, U)
-    rows, columns = block(N * T, widest), block(U.shape[1], widest)
+    rows, columns = block(N * T, widest), block(out.shape[2], widest)
     launch(
         project_kernel,
-        (count(N * T, rows) * count(U.shape[1], columns),),
+        (count(N * T, rows) * count(out.shape[2], columns),),
         out,
         x,
         U,
@@ -65,6 +66,7 @@ def project(out: Tensor, x: Tensor, U: Tensor, mask: Tensor | None, bias: bool, 
         flat_rows(x)[0],
         features,
         U.shape[1],
+        out.shape[2],
         *flat_rows(x)[1:],
         x.stride(2),
         *U.stride(),

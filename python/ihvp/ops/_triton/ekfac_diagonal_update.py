@@ -14,14 +14,12 @@ from ihvp.ops._triton._launch import (
     depth,
     launch,
     mask_bytes,
-    projected_dtype,
     splits,
     warps,
     wide_arithmetic,
-    workspace,
 )
+from ihvp.ops._triton._projected import projected
 from ihvp.ops._triton._tile import corner, gradient_tile, load_tokens, real_rows
-from ihvp.ops._triton.eigenbasis_project import project
 
 EXAMPLES = 4096  # squares summed in float32 before they are added to Lambda, which may be wider
 
@@ -36,7 +34,8 @@ def squares_kernel(
     T,
     O,
     I,
-    features,
+    features_a,
+    features_d,
     per_split,
     stride_os,
     stride_oo,
@@ -65,8 +64,8 @@ def squares_kernel(
         for start in range(first, end, BLOCK_T):
             n = start + tl.arange(0, BLOCK_T).to(tl.int64)
             real = real_rows(mask_ptr, n, end)
-            x = load_tokens(a_ptr, n * stride_an, real, i, features, stride_ai, BIAS, DTYPE)
-            d = load_tokens(d_ptr, n * stride_dn, real, o, O, stride_do, False, DTYPE)
+            x = load_tokens(a_ptr, n * stride_an, real, i, features_a, stride_ai, BIAS, DTYPE)
+            d = load_tokens(d_ptr, n * stride_dn, real, o, features_d, stride_do, False, DTYPE)
             total = tl.dot(tl.trans(d * d), x * x, total, input_precision=PRECISION)
     else:
         for n in tl.range(first, end, flatten=True):  # one pipeline of loads through all examples
@@ -80,8 +79,8 @@ def squares_kernel(
                 T,
                 o,
                 i,
-                O,
-                features,
+                features_d,
+                features_a,
                 stride_at,
                 stride_ai,
                 stride_dt,
@@ -127,6 +126,7 @@ def add_squares(Lambda: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, b
         O,
         I,
         features,
+        delta.shape[2],
         per_split,
         *out.stride(),
         *a.stride(),
@@ -158,16 +158,5 @@ def run(
             part = slice(n, n + EXAMPLES)
             add_squares(Lambda, a[part], delta[part], None if mask is None else mask[part], bias)
         return
-    dtype = projected_dtype(a, delta, U_A, U_G)
-    chunk, (x, d) = workspace(
-        "ekfac_diagonal_update_",
-        N,
-        T * (O + I) * dtype.itemsize,
-        lambda n: (a.new_empty(n, T, I, dtype=dtype), a.new_empty(n, T, O, dtype=dtype)),
-    )
-    for n in range(0, N, chunk):
-        part = slice(n, n + chunk)
-        own = None if mask is None else mask[part]
-        project(x[: len(a[part])], a[part], U_A, own, bias, arithmetic(a, U_A))
-        project(d[: len(a[part])], delta[part], U_G, own, False, arithmetic(delta, U_G))
-        add_squares(Lambda, x[: len(a[part])], d[: len(a[part])], None, False)
+    for _, x, d in projected("ekfac_diagonal_update_", a, delta, U_A, U_G, mask, bias):
+        add_squares(Lambda, x, d, None, False)

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ihvp.ops._triton._launch import arithmetic, block, count, depth, launch, mask_bytes, projected_dtype, warps, workspace
+from ihvp.ops._triton._launch import arithmetic, block, count, depth, launch, mask_bytes, warps
+from ihvp.ops._triton._projected import projected
 from ihvp.ops._triton._tile import corner, gradient_tile
-from ihvp.ops._triton.eigenbasis_project import project
 from ihvp.ops._triton.gradient_dot import row_dot
 
 
@@ -24,7 +24,8 @@ def weighted_squares_kernel(
     T,
     O,
     I,
-    features,
+    features_a,
+    features_d,
     stride_an,
     stride_at,
     stride_ai,
@@ -50,8 +51,8 @@ def weighted_squares_kernel(
         T,
         o,
         i,
-        O,
-        features,
+        features_d,
+        features_a,
         stride_at,
         stride_ai,
         stride_dt,
@@ -68,11 +69,9 @@ def weighted_squares_kernel(
     tl.store(out_ptr + tile.to(tl.int64) * N + n, tl.sum(tl.sum(acc * acc * weight, 1), 0))
 
 
-def weighted_squares(
-    a: Tensor, delta: Tensor, weight: Tensor | None, mask: Tensor | None, bias: bool, O: int, I: int
-) -> Tensor:
+def weighted_squares(a: Tensor, delta: Tensor, weight: Tensor, mask: Tensor | None, bias: bool) -> Tensor:
     """(N,): sum_oi weight[o,i] g_n[o,i]^2, weight (O,I') contiguous float32."""
-    N, T, features = a.shape
+    (N, T, features), (O, I) = a.shape, weight.shape
     how = arithmetic(a, delta)
     widest = how.limit(a, delta)
     rows, columns = block(O, widest), block(I, widest)
@@ -91,6 +90,7 @@ def weighted_squares(
         O,
         I,
         features,
+        delta.shape[2],
         *a.stride(),
         *delta.stride(),
         constants={
@@ -121,20 +121,9 @@ def run(
     weight = 1 / (Lambda.float().contiguous() + damping)
     if U_A is None or U_G is None:
         return influence(a, delta, weight, mask, bias)
-    dtype = projected_dtype(a, delta, U_A, U_G)
-    chunk, (x, d) = workspace(
-        "ekfac_self_influence",
-        N,
-        T * (O + I) * dtype.itemsize,
-        lambda n: (a.new_empty(n, T, I, dtype=dtype), a.new_empty(n, T, O, dtype=dtype)),
-    )
     out = torch.empty(N, device=a.device)
-    for n in range(0, N, chunk):
-        part = slice(n, n + chunk)
-        own, rows = None if mask is None else mask[part], len(a[part])
-        project(x[:rows], a[part], U_A, own, bias, arithmetic(a, U_A))
-        project(d[:rows], delta[part], U_G, own, False, arithmetic(delta, U_G))
-        out[part] = influence(x[:rows], d[:rows], weight, None, False)
+    for part, x, d in projected("ekfac_self_influence", a, delta, U_A, U_G, mask, bias):
+        out[part] = influence(x, d, weight, None, False)
     return out
 
 
@@ -142,4 +131,4 @@ def influence(a: Tensor, delta: Tensor, weight: Tensor, mask: Tensor | None, bia
     """At T = 1 the square of the product is the product of the squares, and the sum a row dot."""
     if a.shape[1] == 1:
         return row_dot(weight.unsqueeze(0), a, delta, mask, bias, squared=True)[0]
-    return weighted_squares(a, delta, weight, mask, bias, *weight.shape)
+    return weighted_squares(a, delta, weight, mask, bias)

@@ -19,12 +19,12 @@ from ihvp.ops._triton._launch import (
     flat_rows,
     launch,
     mask_bytes,
-    projected_dtype,
     splits,
     warps,
     wide_arithmetic,
     workspace,
 )
+from ihvp.ops._triton._projected import projected_dtype
 from ihvp.ops._triton._tile import load_tokens, real_rows
 from ihvp.ops._triton.per_sample_gradient import gradients
 
