@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ihvp.ops._triton._group import table
-from ihvp.ops._triton._launch import ACCURATE, TYPES, block, depth, launch
+from ihvp.ops._triton._launch import ACCURATE, TYPES, block, depth, launch, warps
 from ihvp.ops._triton._tile import corner, load_tokens
 from ihvp.ops._triton.ekfac_solve import on_device
 
@@ -110,7 +110,7 @@ def run(
         )
         for own in zip(V, U_A, U_G, Lambda, out, scratch, strict=True)
     ]
-    widest = max(max(x.shape[1:]) for x in V)
+    edge = block(max(max(x.shape[1:]) for x in V), 64)
     launch(
         solve_kernel,
         (Q, layers),
@@ -123,9 +123,9 @@ def run(
             "A_TYPE": TYPES[U_A[0].dtype],
             "G_TYPE": TYPES[U_G[0].dtype],
             "L_TYPE": TYPES[Lambda[0].dtype],
-            "BLOCK": block(widest, 64),
+            "BLOCK": edge,
             "BLOCK_K": depth(ACCURATE),
         },
-        warps=4,
+        warps=warps(edge, edge),
     )
     return out

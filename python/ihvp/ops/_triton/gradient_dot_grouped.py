@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ihvp.ops._triton._group import table
-from ihvp.ops._triton._launch import TYPES, arithmetic, block, count, depth, launch, mask_bytes
+from ihvp.ops._triton._launch import TYPES, arithmetic, block, count, depth, launch, mask_bytes, warps
 from ihvp.ops._triton._tile import corner, gradient_tile
 
 ENTRIES = 14  # of a layer's row: P, a, delta; O, I; three strides of each
@@ -94,6 +94,7 @@ def run(P: Sequence[Tensor], a: Sequence[Tensor], delta: Sequence[Tensor], mask:
         (x.data_ptr(), y.data_ptr(), z.data_ptr(), *x.shape[1:], *x.stride(), *y.stride(), *z.stride())
         for x, y, z in zip(P, a, delta, strict=True)
     ]
+    rows, columns = (block(max(x.shape[axis] for x in P), 64) for axis in (1, 2))
     queries = triton.next_power_of_2(max(1, min(Q, QUERIES)))
     launch(
         grouped_kernel,
@@ -113,10 +114,10 @@ def run(P: Sequence[Tensor], a: Sequence[Tensor], delta: Sequence[Tensor], mask:
             "D_TYPE": TYPES[delta[0].dtype],
             "BIAS": bias,
             "BLOCK_Q": queries,
-            "BLOCK_O": block(max(x.shape[1] for x in P), 64),
-            "BLOCK_I": block(max(x.shape[2] for x in P), 64),
+            "BLOCK_O": rows,
+            "BLOCK_I": columns,
             "BLOCK_T": depth(how),
         },
-        warps=4,
+        warps=warps(rows, columns),
     )
     return out.sum(0)
