@@ -60,7 +60,9 @@ def test_machine_code_keeps_to_registers(compiled: list[dict[str, Any]], op: str
 
 
 def test_the_package_imports_without_triton() -> None:
-    program = "import sys; sys.modules['triton'] = None; import ihvp; assert not [m for m in sys.modules if '_triton.' in m]"
+    program = (
+        "import sys; sys.modules['triton'] = None; import ihvp; assert not [m for m in sys.modules if '_triton.' in m]"
+    )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
@@ -75,7 +77,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")
 def test_a_wish_without_a_device_says_so() -> None:
-    with ihvp.use("triton"), pytest.raises(RuntimeError, match="for cpu tensors; .*; no CUDA device is present"):
+    with ihvp.use("triton"), pytest.raises(RuntimeError, match=r"for cpu tensors; .*; no CUDA device is present"):
         ops.ghost_norm(torch.ones(2, 3), torch.ones(2, 3))
 
 

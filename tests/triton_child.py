@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +65,15 @@ GROUPS: dict[str, dict[str, Any]] = {
 def interpreted() -> Iterator[dict[str, Any]]:
     for op in OPS:
         for case, (dims, how) in CASES.items():
-            yield {"op": op, "case": case, "error": failure(lambda: run(make(op, dims, **how).fresh()))}
+            yield {"op": op, "case": case, "error": failure(run, make(op, dims, **how).fresh())}
     for op in GROUPED:
         for case, how in GROUPS.items():
-            yield {"op": op, "case": case, "error": failure(lambda: run_group(op, how))}
+            yield {"op": op, "case": case, "error": failure(run_group, op, how)}
 
 
-def failure(check: Any) -> str:
+def failure(check: Callable[..., None], *arguments: Any) -> str:
     try:
-        check()
+        check(*arguments)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""

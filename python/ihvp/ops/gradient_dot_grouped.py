@@ -69,7 +69,7 @@ def check_group(**lists: Sequence[Tensor]) -> None:
         if isinstance(tensors, Tensor) or len(tensors) != len(members):
             raise ValueError(f"{name} must be a list of {len(members)} tensors as {first} is, got {len(tensors)}")
     named = {f"{name}[{layer}]": x for name, tensors in lists.items() for layer, x in enumerate(tensors)}
-    check_tensors(**named)
+    check_tensors(None, **named)
     for name, x in named.items():
         kind = lists[name.partition("[")[0]][0].dtype
         if x.dtype != kind:

@@ -7,7 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ihvp.ops._triton._launch import arithmetic, block, count, depth, flat_rows, launch, mask_bytes, splits, vectorised, warps
+from ihvp.ops._triton._launch import (
+    arithmetic,
+    block,
+    count,
+    depth,
+    flat_rows,
+    launch,
+    mask_bytes,
+    splits,
+    vectorised,
+    warps,
+)
 from ihvp.ops._triton._tile import load_tokens, real_rows
 
 CHUNK = 4096  # positions summed in float32 before they are added to C, which may be wider

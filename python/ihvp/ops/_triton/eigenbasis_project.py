@@ -7,7 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ihvp.ops._triton._launch import ACCURATE, Arithmetic, arithmetic, block, count, depth, flat_rows, launch, mask_bytes, warps
+from ihvp.ops._triton._launch import (
+    ACCURATE,
+    Arithmetic,
+    arithmetic,
+    block,
+    count,
+    depth,
+    flat_rows,
+    launch,
+    mask_bytes,
+    warps,
+)
 from ihvp.ops._triton._tile import corner, load_tokens, real_rows
 
 
