@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bench import pipeline
+from bench import gpu, pipeline
 
 
 def main() -> None:
@@ -20,6 +20,12 @@ def main() -> None:
     command.add_argument(
         "--precision", choices=("highest", "high"), default="highest", help="torch's float32 matmul precision, for both"
     )
+    command = commands.add_parser("gpu", help="the GPU kernels against tuned torch, on a CUDA device")
+    command.add_argument("--expected", action="store_true", help="print what the counts predict; needs no GPU")
+    command.add_argument("--quick", action="store_true", help="fewer repeats")
+    command.add_argument("--output", type=Path, help="append JSON lines to this file")
+    command.add_argument("--proven", type=Path, metavar="FILE", help="write the record of what may be chosen here")
+    command.add_argument("--passed", action="store_true", help="the tests marked gpu passed on this device")
     child = commands.add_parser("_child")
     child.add_argument("library", choices=("ihvp", "kronfluence"))
     child.add_argument("folder", type=Path)
@@ -28,6 +34,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "pipeline":
         pipeline.run(arguments.quick, arguments.output, arguments.precision)
+    elif arguments.command == "gpu":
+        if arguments.expected:
+            print(gpu.expected())
+        else:
+            gpu.run(arguments.output, arguments.proven, arguments.passed, arguments.quick)
     else:
         torch.set_float32_matmul_precision(arguments.precision)
         run = pipeline.run_ihvp if arguments.library == "ihvp" else pipeline.run_kronfluence

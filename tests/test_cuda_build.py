@@ -42,7 +42,10 @@ def test_stub_is_fresh() -> None:
 def test_without_a_device_it_imports_and_says_why() -> None:
     assert _cuda.device_count() == 0
     assert _cuda.why_no_device()
-    with pytest.raises(RuntimeError, match=r"need CUDA tensors, got cpu; CUDA says: \w+"), _launch.stream_of(torch.ones(1)):
+    with (
+        pytest.raises(RuntimeError, match=r"need CUDA tensors, got cpu; CUDA says: \w+"),
+        _launch.stream_of(torch.ones(1)),
+    ):
         pass
 
 

@@ -124,3 +124,29 @@ def test_the_record_names_known_ops_and_implementations() -> None:
         for name, entries in found.items():
             assert set(entries) <= set(implementations()[name]) - {"reference", "native"}
             assert all(set(entry) == {"speedup", "sources"} for entry in entries.values())
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def test_workspace_is_halved_once_and_then_named() -> None:
+    from ihvp.ops._triton import _launch
+
+    limits: list[int] = []
+
+    def make_up_to(limit: int) -> Any:
+        def make_one(chunk: int) -> int:
+            limits.append(chunk)
+            if chunk > limit:
+                raise torch.OutOfMemoryError("too much")
+            return chunk
+
+        return make_one
+
+    assert _launch.workspace("an op", 10, 8, make_up_to(10)) == (10, 10)
+    assert _launch.workspace("an op", 10, 8, make_up_to(5)) == (5, 5)
+    with pytest.raises(torch.OutOfMemoryError, match=r"an op needs 4\.0 MiB of workspace for 4 of 8 at a time"):
+        _launch.workspace("an op", 8, 1 << 20, make_up_to(3))
+    assert limits == [10, 10, 5, 8, 4]
+    assert _launch.workspace("an op", 10, _launch.WORKSPACE, make_up_to(10)) == (1, 1)
+    assert _launch.workspace("an op", 10, 2 * _launch.WORKSPACE, make_up_to(10)) == (1, 1)
