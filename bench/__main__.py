@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bench import gpu, pipeline
+from bench import gpu, gpu_pipeline, pipeline
 
 
 def main() -> None:
@@ -26,6 +26,8 @@ def main() -> None:
     command.add_argument("--output", type=Path, help="append JSON lines to this file")
     command.add_argument("--proven", type=Path, metavar="FILE", help="write the record of what may be chosen here")
     command.add_argument("--passed", action="store_true", help="the tests marked gpu passed on this device")
+    command = commands.add_parser("gpu-pipeline", help="EKFAC end to end on a CUDA device, GPT-2 small's shape")
+    command.add_argument("--output", type=Path, help="append JSON lines to this file")
     child = commands.add_parser("_child")
     child.add_argument("library", choices=("ihvp", "kronfluence"))
     child.add_argument("folder", type=Path)
@@ -39,6 +41,8 @@ def main() -> None:
             print(gpu.expected())
         else:
             gpu.run(arguments.output, arguments.proven, arguments.passed, arguments.quick)
+    elif arguments.command == "gpu-pipeline":
+        gpu_pipeline.run(arguments.output, torch.device("cuda"), gpu_pipeline.FULL)
     else:
         torch.set_float32_matmul_precision(arguments.precision)
         run = pipeline.run_ihvp if arguments.library == "ihvp" else pipeline.run_kronfluence

@@ -17,7 +17,7 @@ cd tests
 
 # The warnings of other torch versions are not this test's matter.
 passed=
-if timeout 240 "$python" -m pytest -m gpu -W default -p no:cacheprovider --rootdir .. -c ../pyproject.toml . \
+if timeout 200 "$python" -m pytest -m gpu -W default -p no:cacheprovider --rootdir .. -c ../pyproject.toml . \
     > "$folder/tests.log" 2>&1; then
     passed=--passed
 fi
@@ -27,7 +27,7 @@ sanitizer=$(command -v compute-sanitizer || true)
 if [ -n "$sanitizer" ]; then
     # Small sizes, the CUDA kernels alone; torch's caching allocator would hide what lies between its blocks.
     for tool in memcheck racecheck; do
-        if ! PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 60 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+        if ! PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 50 "$sanitizer" --tool "$tool" --error-exitcode 9 \
             "$python" -m pytest -m gpu -W default -p no:cacheprovider --rootdir .. -c ../pyproject.toml test_gpu.py \
             -k "cuda and (tiles or float32) and not vector" >> "$folder/sanitizer.log" 2>&1; then
             passed=
@@ -41,6 +41,7 @@ else
 fi
 
 cd ..
-timeout 120 "$python" -m bench gpu $passed --output "$folder/results.jsonl" --proven "$folder/proven.json" 2>&1 |
+timeout 90 "$python" -m bench gpu $passed --output "$folder/results.jsonl" --proven "$folder/proven.json" 2>&1 |
     tee -a "$folder/table.txt"
+timeout 120 "$python" -m bench gpu-pipeline --output "$folder/results.jsonl" 2>&1 | tee -a "$folder/table.txt"
 test -n "$passed"

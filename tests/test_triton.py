@@ -130,8 +130,6 @@ def test_the_record_names_known_ops_and_implementations() -> None:
 
 
 def test_workspace_is_halved_once_and_then_named() -> None:
-    from ihvp.ops._triton import _launch
-
     limits: list[int] = []
 
     def make_up_to(limit: int) -> Any:
@@ -143,10 +141,10 @@ def test_workspace_is_halved_once_and_then_named() -> None:
 
         return make_one
 
-    assert _launch.workspace("an op", 10, 8, make_up_to(10)) == (10, 10)
-    assert _launch.workspace("an op", 10, 8, make_up_to(5)) == (5, 5)
+    assert _gpu.workspace("an op", 10, 8, make_up_to(10)) == (10, 10)
+    assert _gpu.workspace("an op", 10, 8, make_up_to(5)) == (5, 5)
     with pytest.raises(torch.OutOfMemoryError, match=r"an op needs 4\.0 MiB of workspace for 4 of 8 at a time"):
-        _launch.workspace("an op", 8, 1 << 20, make_up_to(3))
+        _gpu.workspace("an op", 8, 1 << 20, make_up_to(3))
     assert limits == [10, 10, 5, 8, 4]
-    assert _launch.workspace("an op", 10, _launch.WORKSPACE, make_up_to(10)) == (1, 1)
-    assert _launch.workspace("an op", 10, 2 * _launch.WORKSPACE, make_up_to(10)) == (1, 1)
+    assert _gpu.workspace("an op", 10, _gpu.WORKSPACE, make_up_to(10)) == (1, 1)
+    assert _gpu.workspace("an op", 10, 2 * _gpu.WORKSPACE, make_up_to(10)) == (1, 1)

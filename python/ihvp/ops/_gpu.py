@@ -14,9 +14,12 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+WORKSPACE = 1 << 28  # bytes that a call takes at most, unless a single example needs more
+T = TypeVar("T")
 
 RECORD = Path(__file__).with_name("proven.json")
 MISSING = {
@@ -80,3 +83,21 @@ def speedups(op: str, kind: str) -> dict[str, float]:
         for name, entry in record().get(kind, {}).get(op, {}).items()
         if installed(name) and entry["sources"] == sources(name)
     }
+
+
+def workspace(op: str, count: int, bytes_each: int, make: Callable[[int], T]) -> tuple[int, T]:
+    """`make(chunk)` for as many of `count` items at once as WORKSPACE holds; half as many when memory runs out.
+
+    Raises torch.OutOfMemoryError with what was needed when that fails too.
+    """
+    chunk = max(1, min(count, WORKSPACE // max(bytes_each, 1)))
+    try:
+        return chunk, make(chunk)
+    except torch.OutOfMemoryError:
+        chunk = max(1, chunk // 2)
+    try:
+        return chunk, make(chunk)
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"{op} needs {chunk * bytes_each / 2**20:.1f} MiB of workspace for {chunk} of {count} at a time"
+        ) from error

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ihvp import _cuda
 from ihvp.ops._arguments import read_tokens
-
-WORKSPACE = 1 << 28  # bytes that a call takes at most, unless a single example needs more
+from ihvp.ops._gpu import workspace
 
 
 @contextlib.contextmanager
@@ -54,6 +53,11 @@ def rows_of(x: Tensor, mask: Tensor | None, bias: bool, dtype: torch.dtype) -> T
     out = x.new_zeros(*x.shape[:2], padded(features), dtype=dtype)
     out[..., :features] = read_tokens(x, mask, bias, dtype)
     return out
+
+
+def affordable(op: str, count: int, bytes_each: int, device: torch.device) -> int:
+    """How many of `count` examples at once: `workspace` of torch's allocator, left to it for the tokens to come."""
+    return workspace(op, count, bytes_each, lambda n: torch.empty(n * bytes_each, dtype=torch.uint8, device=device))[0]
 
 
 def table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ihvp import _cuda
-from ihvp.ops._cuda._launch import WORKSPACE, padded, parts, rows_of, stream_of, terms
+from ihvp.ops._cuda._launch import affordable, padded, parts, rows_of, stream_of, terms
 
 CHUNK = 4096  # positions summed in float32
 
@@ -17,7 +17,7 @@ def run(C: Tensor, x: Tensor, mask: Tensor | None, bias: bool) -> None:
         return
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     side = -(-d // 128)
-    examples = max(1, WORKSPACE // (T * padded(d) * dtype.itemsize))
+    examples = affordable("covariance_update_", N, T * padded(d) * dtype.itemsize, x.device)
     with stream_of(x) as stream:
         cut = parts(x.device, side * (side + 1) // 2, -(-min(N, examples) * T // CHUNK))
         out = torch.zeros(cut, d, d, dtype=torch.float64, device=x.device)

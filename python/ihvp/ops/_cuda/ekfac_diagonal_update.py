@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ihvp import _cuda
 from ihvp.ops._arguments import read_tokens
-from ihvp.ops._cuda._launch import WORKSPACE, padded, parts, rows_of, stream_of, terms
+from ihvp.ops._cuda._launch import affordable, padded, parts, rows_of, stream_of, terms
 
 
 def project(x: Tensor, U: Tensor, mask: Tensor | None, bias: bool, dtype: torch.dtype) -> Tensor:
@@ -30,7 +30,9 @@ def run(
     # Without a basis the products of bfloat16 tokens are exact; projected tokens are kept so at "medium" alone.
     narrow = narrow and (not bases or torch.get_float32_matmul_precision() == "medium")
     dtype = torch.bfloat16 if narrow else torch.float32
-    examples = max(1, min(N, WORKSPACE // (T * (padded(I) + padded(O)) * dtype.itemsize)))
+    # Tokens in the basis, and before that what is projected.
+    bytes_each = 2 * T * (padded(I) + padded(O)) * dtype.itemsize
+    examples = affordable("ekfac_diagonal_update_", N, bytes_each, a.device)
     with stream_of(a) as stream:
         cut = parts(a.device, -(-O // 128) * -(-I // 128), examples)
         out = torch.empty(cut, O, I, device=a.device)

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+    raise ImportError(f"the Triton kernels need triton 3.3 or newer, got {triton.__version__}")
+
+
+@triton.jit
+def _nothing():
+    pass
+
+
+INTERPRETED = not isinstance(_nothing, triton.JITFunction)
 LEAST_CAPABILITY = (8, 0)
 REGISTERS = 255  # a thread may have; left alone, ptxas spills a few of them to fit one more block
-WORKSPACE = 1 << 28  # bytes that a call takes at most, unless a single example needs more
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-T = TypeVar("T")
 
 
 def launch(
@@ -25,10 +32,13 @@ def launch(
 ) -> None:
     """Run a kernel on the device and the current stream of its first argument; nothing waits for it.
 
-    Raises RuntimeError for a device older than the kernels' instructions.
+    Raises RuntimeError for a device older than the kernels' instructions, ValueError for more programs than one launch
+    can have.
     """
     if 0 in grid:
         return
+    if grid[0] >= 2**31 or max(grid[1:], default=0) >= 2**16:
+        raise ValueError(f"this call is too large for one launch: {grid} programs; pass fewer examples at a time")
     device = arguments[0].device
     if device.type != "cuda":  # the interpreter
         kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, maxnreg=REGISTERS)
@@ -51,8 +61,8 @@ class Arithmetic:
 
     @property
     def constants(self) -> dict[str, Any]:
-        interpreted = triton.knobs.runtime.interpret  # numpy has no bfloat16
-        return {"DTYPE": tl.float32 if interpreted else TYPES[self.dtype], "PRECISION": self.precision}
+        # The interpreter's numpy has no bfloat16.
+        return {"DTYPE": tl.float32 if INTERPRETED else TYPES[self.dtype], "PRECISION": self.precision}
 
     def limit(self, *operands: Tensor) -> int:
         """The widest tile that stays in registers, of operands that are read as given.
@@ -122,21 +132,3 @@ def flat_rows(x: Tensor) -> tuple[int, int, int]:
 def mask_bytes(mask: Tensor | None) -> Tensor | None:
     """(N,T) bytes side by side, as kernels read a mask."""
     return None if mask is None else mask.contiguous().view(torch.uint8)
-
-
-def workspace(op: str, count: int, bytes_each: int, make: Callable[[int], T]) -> tuple[int, T]:
-    """`make(chunk)` for as many of `count` items at once as WORKSPACE holds; half as many when memory runs out.
-
-    Raises torch.OutOfMemoryError with what was needed when that fails too.
-    """
-    chunk = max(1, min(count, WORKSPACE // max(bytes_each, 1)))
-    try:
-        return chunk, make(chunk)
-    except torch.OutOfMemoryError:
-        chunk = max(1, chunk // 2)
-    try:
-        return chunk, make(chunk)
-    except torch.OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(
-            f"{op} needs {chunk * bytes_each / 2**20:.1f} MiB of workspace for {chunk} of {count} at a time"
-        ) from error

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ihvp.ops._triton._launch import arithmetic, workspace
+from ihvp.ops._gpu import workspace
+from ihvp.ops._triton._launch import arithmetic
 from ihvp.ops._triton.eigenbasis_project import project
 
 

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ihvp.ops._triton._launch import ACCURATE, block, count, depth, launch, warps, workspace
+from ihvp.ops._gpu import workspace
+from ihvp.ops._triton._launch import ACCURATE, block, count, depth, launch, warps
 from ihvp.ops._triton._tile import corner, load_tokens
 from ihvp.ops._triton.eigenbasis_project import project
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ihvp.ops._triton._launch import ACCURATE, workspace
+from ihvp.ops._gpu import workspace
+from ihvp.ops._triton._launch import ACCURATE
 from ihvp.ops._triton.eigenbasis_project import project
 from ihvp.ops._triton.eigenbasis_rotate import rotate_rows
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ihvp.ops._gpu import workspace
 from ihvp.ops._triton._launch import (
     arithmetic,
     block,
@@ -22,7 +23,6 @@ from ihvp.ops._triton._launch import (
     splits,
     warps,
     wide_arithmetic,
-    workspace,
 )
 from ihvp.ops._triton._projected import projected_dtype
 from ihvp.ops._triton._tile import load_tokens, real_rows
