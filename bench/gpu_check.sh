@@ -7,6 +7,10 @@ set -euo pipefail
 folder=$(mkdir -p "${1:?usage: bench/gpu_check.sh FOLDER}" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
+"$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || {
+    echo "bench/gpu_check.sh needs a CUDA device, and torch sees none" >&2
+    exit 1
+}
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 

@@ -117,6 +117,8 @@ def run_kronfluence(
 
 def run(output: Path | None, device: torch.device, sizes: dict[str, int]) -> None:
     """Each run begins with the same weights and data; the scores agree before a time is printed."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("bench gpu-pipeline needs a CUDA device, and there is none")
     torch.manual_seed(0)
     net = Transformer(sizes["width"], sizes["depth"], sizes["positions"]).to(device)
     layers = [name for name, module in net.named_modules() if isinstance(module, nn.Linear) and name != "head"]
