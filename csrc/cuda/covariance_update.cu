@@ -1,6 +1,4 @@
 // out[part] += x^T x, tiles on and above the diagonal: float32 over a chunk of rows, then added to float64.
-#include "check.cuh"
-#include "launch.h"
 #include "pipeline.cuh"
 
 namespace ihvp {
@@ -11,7 +9,7 @@ namespace {
 template <class T, int terms>
 __global__ void __launch_bounds__(threads, 1)
     covariance(double* out, const T* x, int64_t rows, int64_t d, int64_t width, int64_t chunk, int64_t chunks_each) {
-    extern __shared__ __align__(16) unsigned char memory[];
+    IHVP_SHARED_MEMORY(memory);
     auto& shared = *reinterpret_cast<Pipeline<T>*>(memory);
     // Tile k of the upper triangle, by columns: k = column (column + 1) / 2 + row.
     int k = blockIdx.x;

@@ -1,6 +1,4 @@
 // out[part,o,i] = sum_n (sum_t d[n,t,o] x[n,t,i])^2: a second accumulator a tile takes the squares, example by example.
-#include "check.cuh"
-#include "launch.h"
 #include "pipeline.cuh"
 
 namespace ihvp {
@@ -12,7 +10,7 @@ template <class T, int terms, bool squared>
 __global__ void __launch_bounds__(threads, 1)
     squares(float* out, const T* d, const T* x, int64_t N, int64_t rows_each, int64_t O, int64_t width_d, int64_t I,
             int64_t width_x, int64_t tiles_i, int64_t per_part) {
-    extern __shared__ __align__(16) unsigned char memory[];
+    IHVP_SHARED_MEMORY(memory);
     auto& shared = *reinterpret_cast<Pipeline<T>*>(memory);
     int64_t o = blockIdx.x / tiles_i * tile, i = blockIdx.x % tiles_i * tile, part = blockIdx.y;
     int64_t first = part * per_part, last = min(first + per_part, N);

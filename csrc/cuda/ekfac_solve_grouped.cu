@@ -1,7 +1,6 @@
 // out = U_G ((U_G^T V U_A) / (Lambda + damping)) U_A^T of matrices up to 128x128: one block a layer and query keeps the
 // matrix in shared memory through all four products; the bases stream by.
-#include "check.cuh"
-#include "launch.h"
+#include "mma.cuh"
 
 namespace ihvp {
 namespace cuda {
@@ -37,7 +36,7 @@ __device__ void product(Accumulators& acc, Shared& shared, const float* U, int64
 }
 
 __global__ void __launch_bounds__(threads, 1) solve(const int64_t* table, const float* damping) {
-    extern __shared__ __align__(16) unsigned char memory[];
+    IHVP_SHARED_MEMORY(memory);
     auto& shared = *reinterpret_cast<Shared*>(memory);
     int64_t q = blockIdx.x, layer = blockIdx.y;
     const int64_t* row = table + layer * entries;

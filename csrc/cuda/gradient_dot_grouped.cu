@@ -1,9 +1,6 @@
 // out[layer,q,n] = <P_layer[q], g_layer[n]>: one block a layer and example makes g's tile in registers and meets it there
 // with every query, so that g is made once and never stored.
-#include <cuda_fp16.h>
-
-#include "check.cuh"
-#include "launch.h"
+#include "mma.cuh"
 
 namespace ihvp {
 namespace cuda {
@@ -37,7 +34,7 @@ __device__ void fill(float (*to)[pitch], const T* x, int64_t stride_t, int64_t s
 template <class T, int terms>
 __global__ void __launch_bounds__(threads, 1)
     grouped(float* out, const int64_t* table, const unsigned char* mask, int64_t Q, int64_t N, int64_t T_, bool bias) {
-    extern __shared__ __align__(16) unsigned char memory[];
+    IHVP_SHARED_MEMORY(memory);
     auto& tokens = *reinterpret_cast<Tokens*>(memory);
     __shared__ float sums[warps][queries];
     int64_t n = blockIdx.x, layer = blockIdx.y, first_q = int64_t(blockIdx.z) * queries;

@@ -6,6 +6,8 @@
 namespace ihvp {
 namespace cuda {
 
+constexpr int threads = 256;  // of a block
+
 enum class Operands : int32_t { f32, bf16, f16 };
 
 int device_count(const char** why_none);

@@ -1,15 +1,16 @@
 // A block's 128x128 tile of sum_k A[k,m] B[k,n] on tensor cores: 8 warps, each 64x32, both operands in shared memory
 // with k along the rows. float operands are TF32 products: one, or three that together keep float32's accuracy.
 #pragma once
-#include <cuda_bf16.h>
-
-#include <cstdint>
+#ifdef IHVP_ON_HOST
+#include "on_host.h"
+#else
+#include "instructions.cuh"
+#endif
 
 namespace ihvp {
 namespace cuda {
 
 constexpr int tile = 128;
-constexpr int threads = 256;
 constexpr int pitch = tile + 8;  // eight more: the four rows that a warp reads at once fall into different banks
 
 using Accumulators = float[4][4][4];  // [16 rows][8 columns][element of the thread]
@@ -42,34 +43,6 @@ __device__ inline void clear(Accumulators& acc) {
         for (int j = 0; j < 4; ++j)
 #pragma unroll
             for (int c = 0; c < 4; ++c) acc[i][j][c] = 0;
-}
-
-__device__ inline uint32_t tf32(float x) {
-    uint32_t bits;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-    return bits;
-}
-
-__device__ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-__device__ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Four 8x8 matrices of 16-bit numbers, transposed on the way: k along the rows becomes k along a register.
-__device__ inline void load_transposed(uint32_t (&r)[4], const __nv_bfloat16* at) {
-    uint32_t address = uint32_t(__cvta_generic_to_shared(at));
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address));
 }
 
 // A fragment's number as TF32, and for three products what TF32 left of it.

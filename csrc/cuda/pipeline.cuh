@@ -15,13 +15,6 @@ struct Operand {
     int64_t width, column;
 };
 
-// 16 bytes into shared memory, zeros unless `inside`.
-__device__ inline void copy_async(void* to, const void* from, bool inside) {
-    uint32_t address = uint32_t(__cvta_generic_to_shared(to));
-    int bytes = inside ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes));
-}
-
 template <class T>
 __device__ void fetch(Slab<T>& slab, const Operand<T>& x, int64_t row, int64_t end) {
     constexpr int per_copy = 16 / sizeof(T), copies = tile / per_copy;
@@ -58,7 +51,7 @@ __device__ void sum_segments(Pipeline<T>& shared, const Operand<T>& A, const Ope
                 ++fetched_segment;
             }
         }
-        asm volatile("cp.async.commit_group;");
+        commit_copies();
     };
     for (int s = 0; s < stages - 1; ++s) fetch_next();
     Accumulators acc;
@@ -66,7 +59,7 @@ __device__ void sum_segments(Pipeline<T>& shared, const Operand<T>& A, const Ope
     int from = 0;
     for (int64_t segment = first; segment < last; ++segment) {
         for (int64_t row = 0; row < length; row += step) {
-            asm volatile("cp.async.wait_group %0;" ::"n"(stages - 2));
+            wait_for_copies<stages - 2>();
             __syncthreads();  // this slab has come for all, and all are done with the one that is fetched into next
             fetch_next();
             multiply<terms, square>(acc, shared.a[from], shared.b[from], step);
