@@ -1,25 +1,45 @@
-"""python -m bench pipeline [--quick] [--precision high] [--output FILE]"""
+"""python -m bench ops | orders | pipeline | methods | report FILE; --help of each says more."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
 
-from bench import gpu, gpu_pipeline, pipeline
+from bench import gpu, gpu_pipeline, memory, methods, ops, orders, pipeline, report
+from bench.settings import SETTINGS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("pipeline", help="EKFAC end to end against kronfluence")
+    command = commands.add_parser("pipeline", help="EKFAC end to end against other libraries")
+    command.add_argument("--model", choices=tuple(SETTINGS), help="default: all, quick: the mlp")
     command.add_argument("--quick", action="store_true", help="fewer repeats")
     command.add_argument("--output", type=Path, help="append JSON lines to this file")
     command.add_argument(
         "--precision", choices=("highest", "high"), default="highest", help="torch's float32 matmul precision, for both"
     )
+    command = commands.add_parser("ops", help="every op against float64, the machine's peak, libraries and the peer")
+    command.add_argument("--quick", action="store_true", help="only the cases with goals, fewer samples")
+    command.add_argument("--threads", type=int, choices=(1, 2), default=2, help="of the ops; default: %(default)s")
+    command.add_argument("--only", default="", metavar="PATTERN", help="cases whose name fits *PATTERN*")
+    command.add_argument("--output", type=Path, help="append JSON lines to this file")
+    command = commands.add_parser("orders", help="the cost model's choice against every order measured")
+    command.add_argument("--quick", action="store_true", help="every seventh shape")
+    command.add_argument("--threads", type=int, choices=(1, 2), default=2, help="default: %(default)s")
+    command.add_argument("--only", default="", metavar="NAME", help="ops whose name holds NAME")
+    command.add_argument("--output", type=Path, help="append JSON lines to this file")
+    command = commands.add_parser("report", help="the tables again, from JSON lines")
+    command.add_argument("file", type=Path)
+    command = commands.add_parser("methods", help="every method and calculator looks for mislabelled digits")
+    command.add_argument("--quick", action="store_true", help="fewer examples and epochs")
+    command.add_argument("--only", default="", metavar="NAME", help="methods whose name holds NAME")
+    command.add_argument("--output", type=Path, help="append JSON lines to this file")
+    command.add_argument("--figure", type=Path, default=Path("detection.png"), help="default: %(default)s")
     command = commands.add_parser("gpu", help="the GPU kernels against tuned torch, on a CUDA device")
     command.add_argument("--expected", action="store_true", help="print what the counts predict; needs no GPU")
     command.add_argument("--quick", action="store_true", help="fewer repeats")
@@ -28,14 +48,29 @@ def main() -> None:
     command.add_argument("--passed", action="store_true", help="the tests marked gpu passed on this device")
     command = commands.add_parser("gpu-pipeline", help="EKFAC end to end on a CUDA device, GPT-2 small's shape")
     command.add_argument("--output", type=Path, help="append JSON lines to this file")
+    child = commands.add_parser("_memory")
+    child.add_argument("threads", type=int)
+    child = commands.add_parser("_method")
+    child.add_argument("name")
+    child.add_argument("folder", type=Path)
     child = commands.add_parser("_child")
-    child.add_argument("library", choices=("ihvp", "kronfluence"))
+    child.add_argument("library")
+    child.add_argument("model")
     child.add_argument("folder", type=Path)
     child.add_argument("repeats", type=int)
     child.add_argument("precision")
     arguments = parser.parse_args()
-    if arguments.command == "pipeline":
-        pipeline.run(arguments.quick, arguments.output, arguments.precision)
+    if arguments.command == "ops":
+        ops.run(arguments.quick, arguments.threads, arguments.only, arguments.output)
+    elif arguments.command == "orders":
+        orders.run(arguments.quick, arguments.threads, arguments.only, arguments.output)
+    elif arguments.command == "report":
+        report.run(arguments.file)
+    elif arguments.command == "_memory":
+        print(json.dumps(memory.measure_all(json.load(sys.stdin), arguments.threads)))
+    elif arguments.command == "pipeline":
+        models = [arguments.model] if arguments.model else list(SETTINGS)[: 1 if arguments.quick else None]
+        pipeline.run(models, arguments.quick, arguments.output, arguments.precision)
     elif arguments.command == "gpu":
         if arguments.expected:
             print(gpu.expected())
@@ -43,10 +78,15 @@ def main() -> None:
             gpu.run(arguments.output, arguments.proven, arguments.passed, arguments.quick)
     elif arguments.command == "gpu-pipeline":
         gpu_pipeline.run(arguments.output, torch.device("cuda"), gpu_pipeline.FULL)
+    elif arguments.command == "methods":
+        methods.run(arguments.quick, arguments.output, arguments.figure, arguments.only)
+    elif arguments.command == "_method":
+        print(json.dumps(methods.run_child(arguments.name, arguments.folder)))
     else:
-        torch.set_float32_matmul_precision(arguments.precision)
-        run = pipeline.run_ihvp if arguments.library == "ihvp" else pipeline.run_kronfluence
-        print(json.dumps(run(arguments.folder, arguments.repeats)))
+        own = pipeline.run_child(
+            arguments.library, arguments.model, arguments.folder, arguments.repeats, arguments.precision
+        )
+        print(json.dumps(own))
 
 
 if __name__ == "__main__":

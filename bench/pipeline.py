@@ -1,134 +1,81 @@
-"""EKFAC end to end against kronfluence: the same MLP, data, batches, Fisher and damping.
+"""EKFAC end to end against other libraries: the same model, data, layers and batches.
 
-Each library runs in a process of its own, so that memory is its own too: peak resident memory above that of the
-process with everything imported and the model and data made. Numbers are checked before a ratio is printed. Both
-libraries run at the same float32 matmul precision of torch.
+Each library runs in a process of its own, so that memory is its own too. Numbers are checked before a ratio is
+printed: kronfluence, which computes the same, on Lambda in its own eigenbasis and on the scores end to end; pyDVL, with
+another Fisher, on the scores given its eigenvectors and eigenvalues. dattri has another order of parameters and
+rotates by rows: its correlation with this library's scores is printed and nothing is asked of it.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bench.measure import check, machine, once, peak_memory, relative_error, write
+from bench.measure import check, machine, relative_error, write
+from bench.report import report
+from bench.settings import SETTINGS, Setting, losses
 
-SIZES = (784, 512, 512, 512, 10)
-EXAMPLES, QUERIES, BATCH = 2048, 64, 256
+
+@dataclass(frozen=True)
+class Peer:
+    """A version that the figures are about, and the times that this library must be faster: model -> step -> ratio.
+
+    A library runs the models it has an entry for, with `repeats`, or once if quick and not at all without a goal.
+    """
+
+    version: str
+    goals: dict[str, dict[str, float]]
+    repeats: int = 3
+
+
+PEERS = {
+    "kronfluence": Peer(
+        "1.0.1",
+        {
+            "mlp": {"fit + scores": 60.0, "fit": 30.0, "scores": 10.0, "memory": 3.0},
+            "transformer": {"fit + scores": 4.0},
+        },
+    ),
+    "pydvl": Peer("0.10.0", {"mlp": {"fit + scores": 15.0}}),
+    "dattri": Peer("0.3.0", {"mlp": {}}, repeats=1),
+}
+FIT_OVER_TWO_PASSES = 1.5
 LIMITS = {"Lambda": 1e-4, "scores": 1e-3}
-GOALS = {"fit": 30.0, "scores": 10.0, "memory": 3.0}
 
 
-def setting() -> tuple[nn.Sequential, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The MLP with its initial weights, Gaussian inputs, labels of a random linear teacher."""
-    torch.manual_seed(0)
-    net = nn.Sequential()
-    for inputs, outputs in pairwise(SIZES):
-        net.append(nn.Linear(inputs, outputs)).append(nn.ReLU())
-    del net[-1]
-    teacher = torch.randn(SIZES[0], SIZES[-1])
-    x, queries = torch.randn(EXAMPLES, SIZES[0]), torch.randn(QUERIES, SIZES[0])
-    return net, (x, (x @ teacher).argmax(1)), (queries, (queries @ teacher).argmax(1))
+def absence(peer: str) -> str | None:
+    """Why a library cannot run here."""
+    version = PEERS[peer].version
+    try:
+        installed = importlib.metadata.version(peer)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{peer} {version} is not installed: pip install 'ihvp[bench]'"
+    return None if installed == version else f"{peer} must be {version}, installed is {installed}"
 
 
-def run_ihvp(folder: Path, repeats: int) -> dict[str, Any]:
-    import ihvp
-
-    net, (x, y), query = setting()
-    train = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
-    model = ihvp.InfluenceModel(net, nn.CrossEntropyLoss(reduction="none"), progress=False)
-    before = peak_memory()
-    seconds: dict[str, list[float]] = {"fit": [], "scores": []}
-    memory = 0
-    for repeat in range(repeats):
-        curvature, fit = once(lambda: ihvp.EKFACIHVP(model, train, damping="auto"))
-        calculator = ihvp.FirstOrderInfluenceCalculator(model, train, curvature)
-        scores, score = once(lambda calculator=calculator: calculator.scores([query]))
-        seconds["fit"].append(fit)
-        seconds["scores"].append(score)
-        if repeat == 0:
-            memory = peak_memory() - before
-    torch.save(scores, folder / "scores.pt")
-    torch.save(curvature.evals, folder / "lambda.pt")
-    return {"seconds": seconds, "memory": memory}
+def run_child(library: str, model: str, folder: Path, repeats: int, precision: str) -> dict[str, Any]:
+    """In the child: run one library on one model."""
+    torch.set_float32_matmul_precision(precision)
+    runner = importlib.import_module(f"bench.libraries.{library}_ekfac")
+    return runner.run(SETTINGS[model](), folder, repeats)
 
 
-def run_kronfluence(folder: Path, repeats: int) -> dict[str, Any]:
-    from kronfluence.analyzer import Analyzer, prepare_model
-    from kronfluence.arguments import FactorArguments, ScoreArguments
-    from kronfluence.task import Task
-    from torch.utils.data import TensorDataset
-
-    class Classification(Task):
-        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
-            return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
-
-        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-            return self.compute_train_loss(batch, model)
-
-    net, train, query = setting()
-    task = Classification()
-    net = prepare_model(net, task)
-    data, queries = TensorDataset(*train), TensorDataset(*query)
-    arguments = FactorArguments(strategy="ekfac", use_empirical_fisher=True)
-    damping = ScoreArguments(damping_factor=None)  # None: 0.1 x mean(Lambda), as damping="auto"
-    before = peak_memory()
-    seconds: dict[str, list[float]] = {"covariance": [], "eigendecomposition": [], "lambda": [], "scores": []}
-    memory = 0
-    for repeat in range(repeats):
-        analyzer = Analyzer(
-            f"a{repeat}", net, task, cpu=True, output_dir=str(folder), disable_tqdm=True, disable_model_save=True
-        )
-        steps = {
-            "covariance": lambda a=analyzer: a.fit_covariance_matrices(
-                "f", data, per_device_batch_size=BATCH, factor_args=arguments
-            ),
-            "eigendecomposition": lambda a=analyzer: a.perform_eigendecomposition("f", factor_args=arguments),
-            "lambda": lambda a=analyzer: a.fit_lambda_matrices(
-                "f", data, per_device_batch_size=BATCH, factor_args=arguments
-            ),
-            "scores": lambda a=analyzer: a.compute_pairwise_scores(
-                "s", "f", queries, data, QUERIES, per_device_train_batch_size=BATCH, score_args=damping
-            ),
-        }
-        for step, f in steps.items():
-            seconds[step].append(once(f)[1])
-        if repeat == 0:
-            memory = peak_memory() - before
-    torch.save(analyzer.load_pairwise_scores("s")["all_modules"], folder / "scores.pt")
-    torch.save(analyzer.load_lambda_matrices("f"), folder / "lambda.pt")
-    torch.save(analyzer.load_eigendecomposition("f"), folder / "eigen.pt")
-    return {"seconds": seconds, "memory": memory}
-
-
-def lambda_in_their_basis(eigen: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Lambda by this library's op, given kronfluence's eigenvectors."""
-    import ihvp
-    from ihvp.capture import capture
-
-    net, (x, y), _ = setting()
-    model = ihvp.InfluenceModel(net, nn.CrossEntropyLoss(reduction="none"))
-    total = {name: torch.zeros(layer.shape, dtype=torch.float64) for name, layer in model.layers.items()}
-
-    def sink(layer: Any, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
-        U_A, U_G = eigen["activation_eigenvectors"][layer.name], eigen["gradient_eigenvectors"][layer.name]
-        ihvp.ops.ekfac_diagonal_update_(total[layer.name], a, delta, U_A, U_G, mask=mask, bias=layer.bias)
-
-    for pair in zip(x.split(BATCH), y.split(BATCH), strict=True):
-        capture(model, model.batch(pair), sink)
-    return {name: x / EXAMPLES for name, x in total.items()}
-
-
-def child(library: str, folder: Path, repeats: int, precision: str) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", "-m", "bench", "_child", library, str(folder), str(repeats), precision]
+def child(library: str, model: str, folder: Path, repeats: int, precision: str) -> dict[str, Any]:
+    folder.mkdir()
+    arguments = [library, model, str(folder), str(repeats), precision]
+    command = [sys.executable, "-W", "ignore", "-m", "bench", "_child", *arguments]
+    print(f"run    {library} on the {model}, {repeats} times", flush=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"the run of {library} failed:\n{done.stdout}\n{done.stderr}")
@@ -136,39 +83,134 @@ def child(library: str, folder: Path, repeats: int, precision: str) -> dict[str,
     return result
 
 
-def run(quick: bool, output: Path | None, precision: str) -> None:
-    print(json.dumps(machine()))
+# --- checks ----------------------------------------------------------------------------------------------------
+
+
+def check_kronfluence(setting: Setting, folder: Path, own_folder: Path) -> None:
+    import ihvp
+    from ihvp.capture import capture
+
+    eigen, theirs = torch.load(folder / "eigen.pt"), torch.load(folder / "lambda.pt")
+    model = ihvp.InfluenceModel(setting.net, losses, layers=setting.layers, progress=False)
+    total = {name: torch.zeros(layer.shape, dtype=torch.float64) for name, layer in model.layers.items()}
+
+    def sink(layer: Any, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
+        U_A, U_G = eigen["activation_eigenvectors"][layer.name], eigen["gradient_eigenvectors"][layer.name]
+        ihvp.ops.ekfac_diagonal_update_(total[layer.name], a, delta, U_A, U_G, mask=mask, bias=layer.bias)
+
+    for pair in setting.batches:
+        capture(model, model.batch(pair), sink)
+    worst = max(relative_error(own, theirs[name]) for name, own in total.items())
+    check("Lambda given kronfluence's eigenvectors, the worst layer", worst, LIMITS["Lambda"])
+    scores = torch.load(own_folder / "scores.pt"), torch.load(folder / "scores.pt")
+    check(
+        "scores end to end against kronfluence, each with its own eigenvectors",
+        relative_error(*scores),
+        LIMITS["scores"],
+    )
+
+
+def check_pydvl(setting: Setting, folder: Path, own_folder: Path) -> None:
+    import ihvp
+    from ihvp import ops
+
+    from bench.libraries.pydvl_ekfac import DAMPING
+
+    eigen = torch.load(folder / "eigen.pt")
+    model = ihvp.InfluenceModel(setting.net, losses, layers=setting.layers, progress=False)
+    P = {
+        name: ops.ekfac_solve(g, eigen[name]["U_A"], eigen[name]["U_G"], eigen[name]["Lambda"], DAMPING)
+        for name, g in gradients(model, [setting.queries]).items()
+    }
+    trains = gradients(model, setting.batches)
+    scores = sum(P[name].flatten(1) @ g.flatten(1).T for name, g in trains.items())
+    theirs = torch.load(folder / "scores.pt")
+    check("scores given pyDVL's eigenvectors and eigenvalues", relative_error(theirs, scores), LIMITS["scores"])
+
+
+def gradients(model: Any, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Layer name -> (N,O,I'), whole."""
+    from ihvp import ops
+    from ihvp.capture import capture
+
+    parts: dict[str, list[Tensor]] = {name: [] for name in model.layers}
+
+    def sink(layer: Any, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
+        parts[layer.name].append(ops.per_sample_gradient(a, delta, mask=mask, bias=layer.bias))
+
+    for pair in pairs:
+        capture(model, model.batch(pair), sink)
+    return {name: torch.cat(own) for name, own in parts.items()}
+
+
+def check_dattri(setting: Setting, folder: Path, own_folder: Path) -> None:
+    both = torch.stack([torch.load(path / "scores.pt").flatten() for path in (folder, own_folder)])
+    print(f"info   correlation of dattri's scores with this library's: {torch.corrcoef(both)[0, 1]:.3f}; not a check")
+
+
+CHECKS = {"kronfluence": check_kronfluence, "pydvl": check_pydvl, "dattri": check_dattri}
+
+
+# --- figures ---------------------------------------------------------------------------------------------------
+
+
+def totals(result: dict[str, Any]) -> dict[str, float]:
+    """Medians: the fit with all its steps, the scores, both, and the memory in MB."""
+    medians = {step: statistics.median(values) for step, values in result["seconds"].items()}
+    scores = medians["scores"]
+    fit = medians["fit"] if "fit" in medians else sum(value for step, value in medians.items() if step != "scores")
+    return {"fit": fit, "scores": scores, "fit + scores": fit + scores, "memory": result["memory"] / 1e6}
+
+
+def goal(against: str, what: str, reached: float, bound: float, least: bool = True) -> dict[str, Any]:
+    met = reached >= bound if least else reached <= bound
+    return {"against": against, "what": what, "least" if least else "most": bound, "figure": reached, "met": met}
+
+
+def goals(model: str, own: dict[str, Any], peers: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    found = []
+    for peer, result in peers.items():
+        if "missing" in result:
+            continue
+        ratios = {what: value / totals(own)[what] for what, value in totals(result).items()}
+        bounds = PEERS[peer].goals[model]
+        found += [goal(peer, what, ratios[what], bound) for what, bound in bounds.items()]
+    seconds = own["seconds"]
+    parts = zip(seconds["fit"], seconds["eigendecomposition"], seconds["two plain passes"], strict=True)
+    over = statistics.median((fit - eigen) / plain for fit, eigen, plain in parts)
+    found.append(goal("two plain passes", "fit without eigendecomposition", over, FIT_OVER_TWO_PASSES, least=False))
+    return found
+
+
+def compare(model: str, quick: bool, precision: str) -> dict[str, Any]:
+    setting = SETTINGS[model]()
+    peers: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        own_folder, peer_folder = Path(temporary, "ihvp"), Path(temporary, "kronfluence")
-        own_folder.mkdir()
-        peer_folder.mkdir()
-        peer = child("kronfluence", peer_folder, 1 if quick else 3, precision)
-        own = child("ihvp", own_folder, 5 if quick else 9, precision)
+        own_folder = Path(temporary, "ihvp")
+        own = child("ihvp", model, own_folder, 5 if quick else 9, precision)
+        for peer in PEERS:
+            if model not in PEERS[peer].goals:
+                continue
+            missing = f"{peer} is left out of --quick" if quick and not PEERS[peer].goals[model] else absence(peer)
+            if missing:
+                print(f"absent {missing}")
+                peers[peer] = {"missing": missing}
+                continue
+            folder = Path(temporary, peer)
+            peers[peer] = child(peer, model, folder, 1 if quick else PEERS[peer].repeats, precision)
+            CHECKS[peer](setting, folder, own_folder)
+    record = {"bench": "pipeline", "model": model, "title": setting.title, "precision": precision}
+    return record | {
+        "ihvp": own,
+        **peers,
+        "totals": {"ihvp": totals(own)}
+        | {peer: totals(result) for peer, result in peers.items() if "missing" not in result},
+        "goals": goals(model, own, peers),
+    }
 
-        eigen = torch.load(peer_folder / "eigen.pt")
-        theirs = torch.load(peer_folder / "lambda.pt")["lambda_matrix"]
-        for name, Lambda in lambda_in_their_basis(eigen).items():
-            error = relative_error(Lambda, theirs[name] / EXAMPLES)
-            check(f"Lambda of layer {name}, given kronfluence's eigenvectors", error, LIMITS["Lambda"])
-        scores = torch.load(own_folder / "scores.pt"), torch.load(peer_folder / "scores.pt")
-        check("scores end to end, each with its own eigenvectors", relative_error(*scores), LIMITS["scores"])
 
-    def median(result: dict[str, Any], step: str) -> float:
-        return statistics.median(result["seconds"][step])
-
-    peer_fit = sum(median(peer, step) for step in ("covariance", "eigendecomposition", "lambda"))
-    rows = [
-        ("fit", peer_fit, median(own, "fit"), "s"),
-        ("scores", median(peer, "scores"), median(own, "scores"), "s"),
-        ("memory", peer["memory"] / 1e6, own["memory"] / 1e6, "MB"),
-    ]
-    print(f'\ntorch.set_float32_matmul_precision("{precision}") in both')
-    print(f"{'EKFAC, MLP ' + '-'.join(map(str, SIZES)):<40}{'kronfluence':>14}{'ihvp':>12}{'ratio':>9}{'goal':>7}")
-    for what, theirs_value, own_value, unit in rows:
-        ratio = theirs_value / own_value
-        print(f"{what:<40}{theirs_value:11.3f} {unit:<2}{own_value:9.3f} {unit:<2}{ratio:9.1f}{GOALS[what]:7.0f}")
-    for step, values in peer["seconds"].items():
-        print(f"  kronfluence {step}: {', '.join(f'{v:.2f}' for v in values)} s")
-    for step, values in own["seconds"].items():
-        print(f"  ihvp {step}: {', '.join(f'{v:.3f}' for v in values)} s")
-    write(output, [{"bench": "pipeline", "model": "mlp", "precision": precision, "kronfluence": peer, "ihvp": own}])
+def run(models: list[str], quick: bool, output: Path | None, precision: str) -> None:
+    print(json.dumps(machine()))
+    records = [compare(model, quick, precision) for model in models]
+    report(records)
+    write(output, records)

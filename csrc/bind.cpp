@@ -25,7 +25,8 @@ namespace ihvp {
 #ifdef IHVP_HAVE_AMX
 namespace amx {
 Status weighted_ghost_dot(View, View, View, View, View, View, View, View, bool, Precision, int);
-}
+int64_t peak_bf16(int64_t, int);
+}  // namespace amx
 #endif
 #ifdef IHVP_HAVE_AVX512
 IHVP_DECLARE(avx512)
@@ -50,12 +51,13 @@ bool avx512_runs() {
 #endif
 
 #ifdef IHVP_HAVE_AMX
-// AVX-512's kernels, and one of its own.
+// AVX-512's kernels, and what tiles add.
 const Kernels* amx_kernels() {
     static const Kernels table = [] {
         Kernels own = avx512::kernels;
         own.isa = "amx";
         own.weighted_ghost_dot = amx::weighted_ghost_dot;
+        own.peak_bf16 = amx::peak_bf16;
         return own;
     }();
     return &table;
@@ -319,6 +321,67 @@ void kfac_solve(py::handle out_, py::handle V_, py::handle L_A_, py::handle L_G_
          [&](int threads) { return kernels->kfac_solve(out.view, V.view, L_A.view, L_G.view, threads); });
 }
 
+void ghost_dot(py::handle out_, py::handle a1_, py::handle delta1_, py::handle a2_, py::handle delta2_,
+               py::handle mask1_, py::handle mask2_, bool bias1, bool bias2, bool per_token, int threads) {
+    Argument out("out", out_), a1("a1", a1_), delta1("delta1", delta1_), a2("a2", a2_), delta2("delta2", delta2_),
+        mask1("mask1", mask1_, true), mask2("mask2", mask2_, true);
+    check_tokens(a1, delta1, mask1);
+    check_tokens(a2, delta2, mask2);
+    int64_t M = a1.view.shape[0], T1 = a1.view.shape[1], N = a2.view.shape[0], T2 = a2.view.shape[1];
+    int64_t I = a1.view.shape[2] + bias1, O = delta1.view.shape[2];
+    a2.shape({N, T2, I - bias2});
+    delta2.shape({N, T2, O});
+    if (per_token)
+        out.shape({M, N, T2});
+    else
+        out.shape({M, N});
+    bool wide = a1.wide() || delta1.wide() || a2.wide() || delta2.wide();
+    out.accumulator(wide ? DType::f64 : DType::f32).writable({&a1, &delta1, &a2, &delta2, &mask1, &mask2});
+    out.contiguous();
+    if (T1 * T2 == 0) return no_positions(out);
+    if (out.empty()) return;
+    call(threads, M * T1 * N * T2 * (I + O), [&](int threads) {
+        return kernels->ghost_dot(out.view, a1.view, delta1.view, a2.view, delta2.view, mask1.view, mask2.view, bias1,
+                                  bias2, per_token, threads);
+    });
+}
+
+void ghost_norm(py::handle out_, py::handle a_, py::handle delta_, py::handle mask_, bool bias, int threads) {
+    Argument out("out", out_), a("a", a_), delta("delta", delta_), mask("mask", mask_, true);
+    check_tokens(a, delta, mask);
+    int64_t N = a.view.shape[0], T = a.view.shape[1];
+    out.shape({N}).accumulator(a.wide() || delta.wide() ? DType::f64 : DType::f32).writable({&a, &delta, &mask});
+    if (T == 0) return no_positions(out);
+    if (out.empty()) return;
+    call(threads, N * T * T * (a.view.shape[2] + bias + delta.view.shape[2]),
+         [&](int threads) { return kernels->ghost_norm(out.view, a.view, delta.view, mask.view, bias, threads); });
+}
+
+void per_sample_gradient(py::handle out_, py::handle a_, py::handle delta_, py::handle mask_, bool bias, int threads) {
+    Argument out("out", out_), a("a", a_), delta("delta", delta_), mask("mask", mask_, true);
+    check_tokens(a, delta, mask);
+    int64_t N = a.view.shape[0], T = a.view.shape[1], I = a.view.shape[2] + bias, O = delta.view.shape[2];
+    out.shape({N, O, I}).accumulator(a.wide() || delta.wide() ? DType::f64 : DType::f32).writable({&a, &delta, &mask});
+    if (T == 0) return no_positions(out);
+    if (out.empty()) return;
+    call(threads, N * T * O * I, [&](int threads) {
+        return kernels->per_sample_gradient(out.view, a.view, delta.view, mask.view, bias, threads);
+    });
+}
+
+int64_t peak(const std::string& dtype, int64_t rounds, int threads) {
+    if (threads < 1) throw py::value_error("threads must be at least 1, got " + std::to_string(threads));
+    if (rounds < 1) throw py::value_error("rounds must be at least 1, got " + std::to_string(rounds));
+    bool wide = dtype == "float64", tiles = dtype == "bfloat16";
+    if (!wide && !tiles && dtype != "float32")
+        throw py::value_error("dtype must be float32, float64 or bfloat16, got " + dtype);
+    if (tiles && kernels->peak_bf16 == nullptr)
+        throw py::value_error(std::string("bfloat16 needs the instruction set amx, in use is ") + kernels->isa);
+    std::vector<double> sums(static_cast<size_t>(threads));
+    py::gil_scoped_release release;
+    return tiles ? kernels->peak_bf16(rounds, threads) : kernels->peak(sums.data(), wide, 0.5, 1.0, rounds, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -365,6 +428,15 @@ PYBIND11_MODULE(_native, m) {
     m.def("gradient_dot", &gradient_dot, arg("out"), arg("P"), arg("a"), arg("delta"), arg("mask"), arg("bias"),
           arg("per_token"), arg("order"), arg("threads"));
     m.def("kfac_solve", &kfac_solve, arg("out"), arg("V"), arg("L_A"), arg("L_G"), arg("threads"));
+    m.def("ghost_dot", &ghost_dot, arg("out"), arg("a1"), arg("delta1"), arg("a2"), arg("delta2"), arg("mask1"),
+          arg("mask2"), arg("bias1"), arg("bias2"), arg("per_token"), arg("threads"));
+    m.def("ghost_norm", &ghost_norm, arg("out"), arg("a"), arg("delta"), arg("mask"), arg("bias"), arg("threads"));
+    m.def("per_sample_gradient", &per_sample_gradient, arg("out"), arg("a"), arg("delta"), arg("mask"), arg("bias"),
+          arg("threads"));
+    m.def("peak", &peak, arg("dtype"), arg("rounds"), arg("threads"),
+          "Run multiply-adds in registers alone, on float32, float64 or (AMX) bfloat16 numbers; returns how many "
+          "floating "
+          "point operations that were. Time it for the processor's peak.");
 }
 
 }  // namespace ihvp

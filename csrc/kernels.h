@@ -29,6 +29,13 @@ struct Kernels {
     Status (*gradient_dot)(View out, View P, View a, View delta, View mask, bool bias, bool per_token, Order order,
                            int threads);
     Status (*kfac_solve)(View out, View V, View L_A, View L_G, int threads);
+    Status (*ghost_dot)(View out, View a1, View delta1, View a2, View delta2, View mask1, View mask2, bool bias1,
+                        bool bias2, bool per_token, int threads);
+    Status (*ghost_norm)(View out, View a, View delta, View mask, bool bias, int threads);
+    Status (*per_sample_gradient)(View out, View a, View delta, View mask, bool bias, int threads);
+    // Multiply-adds in registers alone; both return the floating point operations they did. peak_bf16: null without.
+    int64_t (*peak)(double* sums, bool wide, double scale, double shift, int64_t rounds, int threads);
+    int64_t (*peak_bf16)(int64_t rounds, int threads);
 };
 
 }  // namespace ihvp

@@ -14,6 +14,7 @@ import ihvp
 import torch
 import torch.nn.functional as F
 from ihvp import Batch, InfluenceModel
+from ihvp.methods.blocks import make_blocks
 from torch import Tensor, nn
 
 F32, F64 = torch.float32, torch.float64
@@ -289,6 +290,20 @@ def ekfac(model: InfluenceModel, batch: Batch) -> Tensor:
     return torch.block_diag(*blocks)
 
 
+def within_blocks(structure: Any, F: Callable[[InfluenceModel, Batch], Tensor]) -> Callable[..., Tensor]:
+    """F with zeros between the blocks of a structure; `structure` as the methods take it."""
+
+    def masked(model: InfluenceModel, batch: Batch) -> Tensor:
+        owner = {name: torch.full((1, *layer.shape), -1, dtype=F64) for name, layer in model.layers.items()}
+        for i, own in enumerate(make_blocks(model, structure).values()):
+            for name, columns in own.items():
+                owner[name][..., columns] = i
+        number = flat(owner)[0]
+        return torch.where(number[:, None] == number, F(model, batch), 0.0)
+
+    return masked
+
+
 @dataclass(frozen=True)
 class Method:
     """An IHVP class with its options, and the dense curvature F that it stands for."""
@@ -319,6 +334,16 @@ METHODS = {
     "ekfac uncorrected": Method(ihvp.EKFACIHVP, kfac, {"update_eigen": False}),
     "hessian": Method(ihvp.ExactIHVP, hessian, {}),
     "gauss_newton": Method(ihvp.ExactIHVP, gauss_newton, {"curvature": "gauss_newton"}),
+    "fisher matrix": Method(ihvp.ExactIHVP, fisher, {"curvature": "fisher"}),
+    "hessian by layer": Method(ihvp.ExactIHVP, within_blocks("layer", hessian), {"block_structure": "layer"}),
+    "gauss_newton by parameter": Method(
+        ihvp.ExactIHVP,
+        within_blocks("parameter", gauss_newton),
+        {"curvature": "gauss_newton", "block_structure": "parameter"},
+    ),
+    "fisher by parameter": Method(
+        ihvp.FisherIHVP, within_blocks("parameter", fisher), {"block_structure": "parameter"}
+    ),
 }
 
 

@@ -282,9 +282,9 @@ METHOD_ARGUMENTS: dict[str, Case] = {
     ),
     "split": (lambda: KFACIHVP(own, split="odd"), ValueError, r"^split must be one of pi, even, none, got 'odd'"),
     "curvature": (
-        lambda: ExactIHVP(own, curvature="fisher"),
+        lambda: ExactIHVP(own, curvature="true"),
         ValueError,
-        r"^curvature must be one of hessian, gauss_newton, got 'fisher'",
+        r"^curvature must be one of hessian, gauss_newton, fisher, got 'true'",
     ),
     "rcond": (lambda: ExactIHVP(own, rcond=1.5), ValueError, r"^rcond must be in \[0, 1\), got 1\.5"),
     "a loader and a train_hessian": (
@@ -558,7 +558,11 @@ def test_an_unfitted_object_is_named(method: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-NAMES = {"fisher": "the Fisher matrix", "hessian": "the hessian", "gauss_newton": "the gauss_newton"}
+NAMES = {
+    "fisher": "block 'full': the Fisher",
+    "hessian": "block 'full': the hessian",
+    "gauss_newton": "block 'full': the gauss",
+}
 
 
 @pytest.mark.parametrize("how", ["solve", "compute_ihvp", "queries", "quadratic"])
@@ -574,7 +578,7 @@ def test_zero_damping_of_a_singular_system_names_the_layer(method: str, how: str
         "queries": lambda: curvature.queries(own.batch(loader[0])),
         "quadratic": lambda: curvature.quadratic(own.batch(loader[0])),
     }
-    check(calls[how], torch.linalg.LinAlgError, rf"{NAMES.get(method, 'layer')}.*(damping|positive)")
+    check(calls[how], torch.linalg.LinAlgError, NAMES.get(method, "(layer|block) '") + r".*(damping|positive)")
     assert all(v.isfinite().all() for v in curvature.solve(V, damping=0.1).values())
 
 
@@ -625,7 +629,7 @@ def test_a_factor_that_is_not_finite_names_the_layer_and_the_batch(method: str) 
     bad = torch.full((N, 4), torch.inf)
     where = (
         r"layer 'inner', batch 1: .* is not finite"
-        if METHODS[method].cls is not ExactIHVP
+        if METHODS[method].cls is not ExactIHVP or method == "fisher matrix"
         else r"batch 1 is not finite"
     )
     check(lambda: METHODS[method](model(Clamped()), [(x, y), (bad, y)]), FloatingPointError, where)

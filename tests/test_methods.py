@@ -120,7 +120,7 @@ def test_fisher_solves_alike_by_its_kernel_and_by_its_matrix(N: int, problem: st
     data = PROBLEMS[problem](N)
     model = data.model()
     curvature = FisherIHVP(model, batches(data.train, 4), damping=1e-2)
-    assert ("sum" in curvature.state_dict()) == (model.nb_params <= N)
+    assert ("full/sum" in curvature.state_dict()) == (model.nb_params <= N)
     F = fisher(model, data.train)
     V = random_vectors(model)
     assert_near(flat(curvature.multiply(V)), flat(V) @ F)

@@ -15,7 +15,7 @@ from ihvp import _native
 from op_cases import ISAS, NATIVE_OPS, make
 from torch import Tensor
 
-KERNELS = {op.removesuffix("_"): op for op in NATIVE_OPS}
+KERNELS = {op.removesuffix("_"): op for op in NATIVE_OPS if hasattr(_native, op.removesuffix("_"))}
 ORDERS = {"ekfac_diagonal_update": "project_first", "gradient_dot": "query_first"}
 RESULTS = {
     "eigenbasis_project": (5, 4, 8),
@@ -23,7 +23,10 @@ RESULTS = {
     "ekfac_self_influence": (5,),
     "ekfac_solve": (1, 3, 3, 7),
     "weighted_ghost_dot": (3, 5),
+    "ghost_dot": (3, 5),
+    "ghost_norm": (5,),
     "gradient_dot": (3, 5),
+    "per_sample_gradient": (5, 3, 8),
     "kfac_solve": (3, 3, 7),
 }
 
@@ -35,6 +38,9 @@ def arguments(kernel: str, **changes: Any) -> dict[str, Any]:
         given["damping"] = torch.tensor([0.1], dtype=torch.float64)
     if kernel in ORDERS:
         given["order"] = ORDERS[kernel]
+    if kernel == "ghost_dot":
+        given["bias1"] = given["bias2"] = given.pop("bias")
+        given["per_token"] = False
     if kernel == "weighted_ghost_dot":
         given["precision"] = "float32"
     if kernel in RESULTS:
@@ -178,3 +184,47 @@ def test_no_kernel_is_visible_outside_the_module() -> None:
     assert any(line.endswith(" T PyInit__native") for line in symbols)
     exported = [line for line in symbols if line.split()[1] in "TWVuDBR"]
     assert not [line for line in exported if any(f"ihvp::{isa}" in line for isa in _native.isas())]
+
+
+# --- the processor's peak --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_peak_counts_what_it_does(isa: str, dtype: str) -> None:
+    before = _native.isa()
+    _native.use_isa(isa)
+    try:
+        once = _native.peak(dtype, 1, 1)
+        assert once > 0 and _native.peak(dtype, 1000, 2) == 2000 * once
+        assert (_native.peak("float32", 1, 1), _native.peak("float64", 1, 1)) in ((once, once / 2), (2 * once, once))
+    finally:
+        _native.use_isa(before)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_bfloat16_has_a_peak_where_there_are_tiles(isa: str) -> None:
+    before = _native.isa()
+    _native.use_isa(isa)
+    try:
+        if isa == "amx":
+            tile = 2 * 16 * 16 * 32
+            assert _native.peak("bfloat16", 10, 2) == 2 * 10 * 6 * tile
+        else:
+            with pytest.raises(ValueError, match=f"bfloat16 needs the instruction set amx, in use is {isa}"):
+                _native.peak("bfloat16", 1, 1)
+    finally:
+        _native.use_isa(before)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounds", "threads", "message"),
+    [
+        ("float16", 1, 1, "^dtype must be float32, float64 or bfloat16, got float16"),
+        ("float32", 0, 1, "^rounds must be at least 1, got 0"),
+        ("float32", 1, 0, "^threads must be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_of_the_peak_are_named(dtype: str, rounds: int, threads: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _native.peak(dtype, rounds, threads)

@@ -18,6 +18,7 @@ from grouped_cases import GROUPED
 from hypothesis import given
 from hypothesis import strategies as st
 from ihvp import _native, ops
+from ihvp.ops import _registry
 from op_cases import (
     BF16,
     DTYPES,
@@ -192,6 +193,24 @@ def test_contraction_orders(isa: str, kernel: str, order: str, shape: dict[str, 
             results.append(arguments[SPECS[op].target or "out"])
         call.check(results[0], want)
         assert torch.equal(results[0], results[-1])
+
+
+COMPOSED = {
+    "ghost_dot": ("ghost", "gradient_first"),
+    "ghost_norm": ("ghost", "gradient_first"),
+    "gradient_dot_low_rank": ("low_rank", "dense"),
+}
+
+
+@pytest.mark.parametrize("shape", (*ORDERED_SHAPES, {"N": 2, "T": 400, "I": 20, "O": 9, "M": 3}), ids=str)
+@pytest.mark.parametrize(("op", "order"), [(op, order) for op, orders in COMPOSED.items() for order in orders])
+def test_orders_of_composed_ops(
+    isa: str, op: str, order: str, shape: dict[str, int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = _registry.Op.best
+    monkeypatch.setattr(_registry.Op, "best", lambda self, *given: order if self.name == op else chosen(self, *given))
+    for dtype, layout in ((F32, "contiguous"), (F64, "transposed"), (BF16, "strided")):
+        run(make(op, shape, dtype, bias=True, masked=True, layout=layout))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -519,13 +538,12 @@ def test_explain_chooses_the_cheapest_order(op: str, shape: dict[str, int]) -> N
 
 
 def test_explain_knows_when_each_order_pays() -> None:
-    shape = {"N": 3, "I": 96, "O": 96, "Q": 200}
     for op, short, long in (
         ("ekfac_diagonal_update_", "project_first", "gradient_first"),
         ("gradient_dot", "query_first", "gradient_first"),
     ):
-        for T, order in ((1, short), (300, long)):
-            call = make(op, {**shape, "T": T})
+        for T, order in ((2, short), (300, long)):
+            call = make(op, {"N": 64, "T": T, "I": 96, "O": 96, "Q": 2})
             assert ihvp.explain(getattr(ops, op), **call.arguments).order == order
 
 

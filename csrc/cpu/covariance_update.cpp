@@ -7,7 +7,7 @@ namespace IHVP_ISA {
 namespace {
 
 // Positions summed in T before they are added to C, which may be wider.
-constexpr int64_t chunk_positions = 2048;
+constexpr int64_t chunk_positions = 1024;
 
 template <class T, class S>
 Status update(const View& C, const View& x, const View& mask, bool bias, int threads) {
@@ -28,15 +28,9 @@ Status update(const View& C, const View& x, const View& mask, bool bias, int thr
     for (int64_t first = 0; first < rows.count; first += depth) {
         Panels<T> packed{memory, least(depth, rows.count - first), d};
         pack_straight(packed, rows, first, threads);
-        int64_t panels = packed.count();
-        parallel(threads, panels * panels, [&](int64_t task, int) {
-            int64_t i = task / panels, j = task % panels;
-            if (i > j) return;
-            product(packed, i * W, least(d, (i + 1) * W), packed, j, j + 1,
-                    [&](const Tile<T>& tile, int64_t r, int64_t c) {
-                        upper(tile, r, c);
-                        if (i < j) lower(tile, r, c);
-                    });
+        product<T, true>(packed, packed, threads, [&](const Tile<T>& tile, int64_t r, int64_t c) {
+            upper(tile, r, c);
+            if (r / W < c / W) lower(tile, r, c);
         });
     }
     return Status::ok;

@@ -8,22 +8,23 @@ namespace {
 
 template <class T>
 Status run(const View& out, const View& x, const View& U, const View& mask, bool bias, int threads) {
-    constexpr int64_t W = Panels<T>::width;
     Rows rows = token_rows(x, mask, bias);
     int64_t d = rows.features;
     Workspace space;
     space.plan<T>(basis_size<T>(U, d));
-    space.plan<T>(threads * d * W);
+    space.plan<T>(threads * task_size<T>(d));
     if (!space.allocate()) return Status::out_of_memory;
     Panels<T> basis = pack_basis<T>(space, U, d, false, threads);
-    T* scratch = space.take<T>(threads * d * W);
+    T* scratch = space.take<T>(threads * task_size<T>(d));
     // out is made by the binding: contiguous, (N,T,d) read as (N T, d).
     StoreMatrix<T, T, false> finish{static_cast<T*>(out.data), rows.count, d, d, 1};
-    parallel(threads, ceil_div(rows.count, W), [&](int64_t p, int thread) {
-        Panels<T> part{scratch + thread * d * W, d, least(W, rows.count - p * W)};
-        pack_transposed(part, 0, rows, p * W);
+    int64_t height = rows_of_a_task<T>(rows.count, threads);
+    parallel(threads, ceil_div(rows.count, height), [&](int64_t block, int thread) {
+        int64_t first = block * height;
+        Panels<T> part{scratch + thread * task_size<T>(d), d, least(height, rows.count - first)};
+        for (int64_t p = 0; p < part.count(); ++p) pack_transposed(part, p, rows, first);
         product(part, 0, part.columns, basis, 0, basis.count(),
-                [&](const Tile<T>& tile, int64_t i, int64_t j) { finish(tile, p * W + i, j); });
+                [&](const Tile<T>& tile, int64_t i, int64_t j) { finish(tile, first + i, j); });
     });
     return Status::ok;
 }

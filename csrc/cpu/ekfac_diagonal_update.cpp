@@ -15,24 +15,19 @@ template <class T, class S>
 void add_squares(const View& Lambda, const Panels<T>& d, const Panels<T>& x, int64_t positions, int threads) {
     constexpr int64_t W = Panels<T>::width;
     auto add = matrix_target<T, S, true>(Lambda);
+    if (positions == 1) return product<T, false>(d, x, threads, add);  // the panels hold squares
     parallel(threads, d.count() * x.count(), [&](int64_t task, int) {
         int64_t p = task % x.count(), first = task / x.count() * W;
         for (int64_t i = first; i < least(d.columns, first + W); i += tile_rows) {
-            Tile<T> tile;
-            if (positions == 1) {
-                multiply(tile, d, i, x, p, 0, d.depth);  // the panels hold squares
-            } else {
-                Tile<T> sum = {};
-                for (int64_t k = 0; k < d.depth; k += positions) {
-                    multiply(tile, d, i, x, p, k, k + positions);
-                    for (int r = 0; r < tile_rows; ++r) {
-                        for (int v = 0; v < tile.vectors; ++v) sum.acc[r][v] += tile.acc[r][v] * tile.acc[r][v];
-                    }
+            Tile<T> tile, sum = {};
+            for (int64_t k = 0; k < d.depth; k += positions) {
+                multiply(tile, d, i, x, p, k, k + positions);
+                for (int r = 0; r < tile_rows; ++r) {
+                    for (int v = 0; v < tile.vectors; ++v) sum.acc[r][v] += tile.acc[r][v] * tile.acc[r][v];
                 }
-                sum.vectors = tile.vectors;
-                tile = sum;
             }
-            add(tile, i, p * W);
+            sum.vectors = tile.vectors;
+            add(sum, i, p * W);
         }
     });
 }
@@ -40,7 +35,6 @@ void add_squares(const View& Lambda, const Panels<T>& d, const Panels<T>& x, int
 template <class T, class S>
 Status project_first(const View& Lambda, const Rows& a, const Rows& delta, int64_t N, int64_t positions,
                      const View& U_A, const View& U_G, int threads) {
-    constexpr int64_t W = Panels<T>::width;
     int64_t I = a.features, O = delta.features;
     int64_t examples = chunk_of_examples(N, positions, chunk_positions), depth = examples * positions;
     Workspace space;
@@ -48,13 +42,13 @@ Status project_first(const View& Lambda, const Rows& a, const Rows& delta, int64
     space.plan<T>(basis_size<T>(U_G, O));
     space.plan<T>(Panels<T>::size(depth, I));
     space.plan<T>(Panels<T>::size(depth, O));
-    space.plan<T>(threads * most(I, O) * W);
+    space.plan<T>(threads * task_size<T>(most(I, O)));
     if (!space.allocate()) return Status::out_of_memory;
     Panels<T> basis_A = pack_basis<T>(space, U_A, I, false, threads);
     Panels<T> basis_G = pack_basis<T>(space, U_G, O, false, threads);
     Panels<T> x{space.take<T>(Panels<T>::size(depth, I)), depth, I};
     Panels<T> d{space.take<T>(Panels<T>::size(depth, O)), depth, O};
-    T* scratch = space.take<T>(threads * most(I, O) * W);
+    T* scratch = space.take<T>(threads * task_size<T>(most(I, O)));
     for (int64_t first = 0; first < N; first += examples) {
         x.depth = d.depth = least(examples, N - first) * positions;
         if (positions == 1) {

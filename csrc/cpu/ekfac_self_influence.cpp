@@ -39,14 +39,14 @@ Status run(const View& out, const Rows& a, const Rows& delta, int64_t N, int64_t
     space.plan<T>(Panels<T>::size(O, I));
     space.plan<T>(Panels<T>::size(depth, I));
     space.plan<T>(size_d);
-    space.plan<T>(threads * most(I, O) * W);
+    space.plan<T>(threads * task_size<T>(most(I, O)));
     if (!space.allocate()) return Status::out_of_memory;
     Panels<T> basis_A = pack_basis<T>(space, U_A, I, false, threads);
     Panels<T> basis_G = pack_basis<T>(space, U_G, O, false, threads);
     Panels<T> weight = pack_weight<T>(space.take<T>(Panels<T>::size(O, I)), Lambda, damping, threads);
     Panels<T> x{space.take<T>(Panels<T>::size(depth, I)), depth, I};
     T* memory_d = space.take<T>(size_d);
-    T* scratch = space.take<T>(threads * most(I, O) * W);
+    T* scratch = space.take<T>(threads * task_size<T>(most(I, O)));
     T* result = static_cast<T*>(out.data);
     for (int64_t first = 0; first < N; first += examples) {
         int64_t count = least(examples, N - first);

@@ -1,4 +1,6 @@
-// out[d,q] = U_G ((U_G^T V[q] U_A) / (Lambda + damping[d])) U_A^T; all dampings share the first two products.
+// out[d,q] = U_G ((U_G^T V[q] U_A) / (Lambda + damping[d])) U_A^T; all dampings share the first two products, and the
+// division is the epilogue of the second. A few queries at a time go through the four products together, so that one
+// packed basis is enough.
 #include "engine.h"
 
 namespace ihvp {
@@ -6,45 +8,110 @@ namespace IHVP_ISA {
 
 namespace {
 
+// Stores into panels, divided by (Lambda + damping) of the tile's place; the tile's rows are inputs.
+template <class T>
+struct StoreDivided {
+    Panels<T> out;
+    Rows eigenvalues;  // transposed: row i, column o
+    T damping;
+    IHVP_INLINE void operator()(const Tile<T>& tile, int64_t i, int64_t j) const {
+        constexpr int64_t W = Panels<T>::width;
+        int rows = int(least(tile_rows, out.depth - i));
+        T divisors[tile_rows * W];
+        int64_t columns = least(W, out.columns - j);
+        for (int r = 0; r < rows; ++r) {
+            eigenvalues.read(divisors + r * W, i + r, j, j + columns);
+            for (int64_t c = columns; c < W; ++c) divisors[r * W + c] = 1;  // padding: never infinite
+            T* row = out.at(i + r, j);
+            for (int v = 0; v < tile_vectors; ++v) {
+                Vec<T> x = v < tile.vectors ? tile.acc[r][v] : Vec<T>{};
+                store(row + v * Lanes<T>::width, x / (load(divisors + r * W + v * Lanes<T>::width) + damping));
+            }
+        }
+    }
+};
+
+// Rows first..end of y through the same epilogue.
+template <class T>
+void divide(const Panels<T>& y, int64_t first, int64_t end, const StoreDivided<T>& finish) {
+    for (int64_t j = 0; j < y.columns; j += Panels<T>::width) {
+        for (int64_t i = first; i < end; i += tile_rows) {
+            Tile<T> tile = {};
+            tile.vectors = tile_vectors;
+            for (int64_t r = 0; r < least(tile_rows, end - i); ++r) {
+                for (int v = 0; v < tile_vectors; ++v) tile.acc[r][v] = load(y.at(i + r, j) + v * Lanes<T>::width);
+            }
+            finish(tile, i, j);
+        }
+    }
+}
+
 template <class T>
 Status run(const View& out, const View& V, const View& U_A, const View& U_G, const View& Lambda, const View& damping,
            int threads) {
     int64_t D = damping.shape[0], Q = V.shape[0], O = V.shape[1], I = V.shape[2];
     int64_t by_input = Panels<T>::size(I, O), by_output = Panels<T>::size(O, I);  // k = i, k = o
+    int64_t together = least(Q, threads);
     Workspace space;
-    for (int i = 0; i < 2; ++i) {
-        space.plan<T>(Panels<T>::size(I, I));
-        space.plan<T>(Panels<T>::size(O, O));
-        space.plan<T>(threads * by_input);
-    }
-    space.plan<T>(by_input);
-    space.plan<T>(threads * by_output);
+    space.plan<T>(Panels<T>::size(most(I, O), most(I, O)));
+    space.plan<T>(together * by_input);
+    space.plan<T>(together * by_output);
+    if (D > 1) space.plan<T>(together * by_input);
     if (!space.allocate()) return Status::out_of_memory;
-    Panels<T> into_A = pack_basis<T>(space, U_A, I, false, threads);
-    Panels<T> into_G = pack_basis<T>(space, U_G, O, false, threads);
-    Panels<T> back_A = pack_basis<T>(space, U_A, I, true, threads);
-    Panels<T> back_G = pack_basis<T>(space, U_G, O, true, threads);
-    Panels<T> eigenvalues{space.take<T>(by_input), I, O};
-    pack_straight(eigenvalues, matrix_rows(Lambda, true), 0, threads);
-    T* first = space.take<T>(threads * by_output);
-    T* second = space.take<T>(threads * by_input);
-    T* third = space.take<T>(threads * by_input);
+    T* basis_memory = space.take<T>(Panels<T>::size(most(I, O), most(I, O)));
+    T* memory_y = space.take<T>(together * by_input);
+    T* memory_x = space.take<T>(together * by_output);
+    T* memory_z = D > 1 ? space.take<T>(together * by_input) : memory_y;
     const double* dampings = static_cast<const double*>(damping.data);
-    parallel(threads, Q, [&](int64_t q, int thread) {
-        Panels<T> x{first + thread * by_output, O, I}, y{second + thread * by_input, I, O},
-            z{third + thread * by_input, I, O};
-        Rows rows = matrix_rows(entry(V, q));
-        for (int64_t p = 0; p < z.count(); ++p) pack_transposed(z, p, rows, 0);
-        product(z, 0, O, into_A, 0, into_A.count(), StorePanels<T, false>{x});  // V U_A: k = o
-        product(x, 0, I, into_G, 0, into_G.count(), StorePanels<T, false>{y});  // (U_G^T V U_A)^T: k = i
+    auto basis = [&](const View& U, int64_t d, bool transposed) {
+        Panels<T> panels{basis_memory, d, d};
+        pack_straight(panels, matrix_rows(U, transposed), 0, threads);
+        return panels;
+    };
+    auto by_blocks = [&](int64_t count, int64_t rows, auto task) {
+        int64_t blocks = ceil_div(rows, block_rows);
+        parallel(threads, count * blocks, [&](int64_t index, int) {
+            int64_t first = index % blocks * block_rows;
+            task(index / blocks, first, least(rows, first + block_rows));
+        });
+    };
+    Rows eigenvalues = matrix_rows(Lambda, true);
+    for (int64_t q0 = 0; q0 < Q; q0 += together) {
+        int64_t count = least(together, Q - q0);
+        auto y = [&](int64_t q) { return Panels<T>{memory_y + q * by_input, I, O}; };
+        auto x = [&](int64_t q) { return Panels<T>{memory_x + q * by_output, O, I}; };
+        auto z = [&](int64_t q) { return Panels<T>{memory_z + q * by_input, I, O}; };
+        Panels<T> U = basis(U_A, I, false);
+        by_blocks(count, O, [&](int64_t q, int64_t first, int64_t end) {  // V U_A: k = o
+            Rows rows = matrix_rows(entry(V, q0 + q));
+            for (int64_t p = first / Panels<T>::width; p * Panels<T>::width < end; ++p)
+                pack_transposed(y(q), p, rows, 0);
+            product(y(q), first, end, U, 0, U.count(), StorePanels<T, false>{x(q)});
+        });
+        U = basis(U_G, O, false);
+        by_blocks(count, I, [&](int64_t q, int64_t first, int64_t end) {  // (U_G^T V U_A)^T: k = i
+            if (D > 1) {
+                product(x(q), first, end, U, 0, U.count(), StorePanels<T, false>{y(q)});
+            } else {
+                product(x(q), first, end, U, 0, U.count(), StoreDivided<T>{y(q), eigenvalues, T(dampings[0])});
+            }
+        });
         for (int64_t d = 0; d < D; ++d) {
-            T shift = T(dampings[d * damping.stride[0]]);
-            // Padding columns are divided too; they never enter a sum over k.
-            for (int64_t e = 0; e < by_input; ++e) z.data[e] = y.data[e] / (eigenvalues.data[e] + shift);
-            product(z, 0, O, back_A, 0, back_A.count(), StorePanels<T, false>{x});  // k = o'
-            product(back_G, 0, O, x, 0, x.count(), matrix_target<T, T, false>(entry(entry(out, d), q)));
+            if (D > 1) {
+                by_blocks(count, I, [&](int64_t q, int64_t first, int64_t end) {
+                    divide(y(q), first, end, {z(q), eigenvalues, T(dampings[d * damping.stride[0]])});
+                });
+            }
+            U = basis(U_A, I, true);
+            by_blocks(count, O, [&](int64_t q, int64_t first, int64_t end) {  // k = o'
+                product(z(q), first, end, U, 0, U.count(), StorePanels<T, false>{x(q)});
+            });
+            U = basis(U_G, O, true);
+            by_blocks(count, O, [&](int64_t q, int64_t first, int64_t end) {
+                product(U, first, end, x(q), 0, x(q).count(), matrix_target<T, T, false>(entry(entry(out, d), q0 + q)));
+            });
         }
-    });
+    }
     return Status::ok;
 }
 

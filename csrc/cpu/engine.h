@@ -8,11 +8,11 @@
 // (rotate, divide, rotate back) store straight into panels and never repack. What happens to a finished tile
 // is a template argument, called as finish(tile, i, j): store, add, square and add, row dot.
 #pragma once
-#include <cstdlib>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
+#include "../workspace.h"
 #include "rows.h"
 
 namespace ihvp {
@@ -29,10 +29,8 @@ struct Workspace {
         size += (size_t(count) * sizeof(T) + 63) / 64 * 64;
     }
     bool allocate() {
-        void* memory = nullptr;
-        if (posix_memalign(&memory, 64, size > 0 ? size : 64) != 0) return false;
-        base = static_cast<char*>(memory);
-        return true;
+        base = static_cast<char*>(borrow_memory(size));
+        return base != nullptr;
     }
     template <class T>
     T* take(int64_t count) {
@@ -40,7 +38,7 @@ struct Workspace {
         used += (size_t(count) * sizeof(T) + 63) / 64 * 64;
         return p;
     }
-    ~Workspace() { std::free(base); }
+    ~Workspace() { return_memory(base); }
 };
 
 // Calls task(index, thread) for every index. Which thread gets which index is not fixed, so a task writes only
@@ -71,10 +69,46 @@ struct Panels {
     static int64_t size(int64_t depth, int64_t columns) { return ceil_div(columns, width) * width * depth; }
 };
 
+// Rows of the source become columns of the panels: here the columns of one panel and the rows k0..k1. They are taken
+// a square of lanes at a time, from the source as it lies or through a buffer.
+template <class T>
+void pack_transposed(const Panels<T>& out, int64_t panel, const Rows& in, int64_t first_row, int64_t k0, int64_t k1) {
+    constexpr int64_t W = Panels<T>::width, block = 128;
+    constexpr int lanes = Lanes<T>::width;
+    T buffer[lanes * block];
+    for (int64_t c0 = panel * W; c0 < (panel + 1) * W; c0 += lanes) {
+        int64_t count = most(0, least(lanes, out.columns - c0));
+        const T* source[lanes] = {};
+        for (int64_t c = 0; c < count; ++c) source[c] = lying_row<T>(in, first_row + c0 + c);
+        int64_t direct = count > 0 && source[0] != nullptr ? (k1 - k0) / lanes * lanes : 0, k = k0;
+        auto take = [&](int64_t offset, int64_t rows) {
+            Vec<T> square[lanes];
+            for (int64_t c = 0; c < lanes; ++c) square[c] = c < count ? load(source[c] + offset) : Vec<T>{};
+            transpose<T>(square);
+            for (int64_t r = 0; r < rows; ++r) store(out.at(k + r, c0), square[r]);
+            k += rows;
+        };
+        while (k < k0 + direct) take(k, lanes);
+        while (k < k1) {
+            int64_t depth = least(block, k1 - k);
+            for (int64_t c = 0; c < count; ++c) {
+                in.read(buffer + c * block, first_row + c0 + c, k, k + depth);
+                source[c] = buffer + c * block;
+            }
+            for (int64_t e = 0; e < depth; e += lanes) take(e, least(lanes, depth - e));
+        }
+    }
+}
+
 // Rows of the source become rows k of the panels: here rows k0..k1, read whole so that each is found once.
 template <class T>
 void pack_straight(const Panels<T>& out, const Rows& in, int64_t first_row, int64_t k0, int64_t k1) {
     constexpr int64_t W = Panels<T>::width, block = 1024 / W * W;
+    if (lies_by_columns(in)) {
+        Rows columns = exchanged(in, first_row);
+        for (int64_t p = 0; p < out.count(); ++p) pack_transposed(out, p, columns, 0, k0, k1);
+        return;
+    }
     T buffer[block];
     for (int64_t c0 = 0; c0 < out.columns; c0 += block) {
         int64_t count = least(block, out.columns - c0);
@@ -86,21 +120,15 @@ void pack_straight(const Panels<T>& out, const Rows& in, int64_t first_row, int6
     }
 }
 
-// Rows of the source become columns of the panels.
 template <class T>
 void pack_transposed(const Panels<T>& out, int64_t panel, const Rows& in, int64_t first_row) {
-    constexpr int64_t W = Panels<T>::width, block = 64;
-    T buffer[W * block];
-    int64_t columns = least(W, out.columns - panel * W);
-    for (int64_t k0 = 0; k0 < out.depth; k0 += block) {
-        int64_t k1 = least(k0 + block, out.depth);
-        for (int64_t c = 0; c < columns; ++c) in.read(buffer + c * block, first_row + panel * W + c, k0, k1);
-        for (int64_t k = k0; k < k1; ++k) {
-            T* row = out.at(k, panel * W);
-            for (int64_t c = 0; c < columns; ++c) row[c] = buffer[c * block + k - k0];
-            for (int64_t c = columns; c < W; ++c) row[c] = 0;
-        }
+    constexpr int64_t W = Panels<T>::width;
+    if (lies_by_columns(in)) {
+        Panels<T> own{out.at(0, panel * W), out.depth, least(W, out.columns - panel * W)};
+        Rows straight = exchanged(in, first_row + panel * W);
+        return pack_straight(own, straight, 0, 0, out.depth);
     }
+    pack_transposed(out, panel, in, first_row, 0, out.depth);
 }
 
 template <class T>
@@ -122,10 +150,32 @@ struct Tile {
     int vectors = 0;  // in use: fewer in the last panel
 };
 
+// What the caller will read next, fetched into the L2 cache while a product runs: `stride` bytes on with each k.
+struct Ahead {
+    const char* data = nullptr;
+    int64_t stride = 0;
+};
+
+// Rows k of an operand: its first column in the tile, and the elements from one row to the next.
+template <class T>
+struct Operand {
+    const T* data;
+    int64_t stride = Lanes<T>::panel;
+};
+
 template <class T, int vectors>
-IHVP_INLINE void multiply(Tile<T>& tile, int64_t depth, const T* __restrict x, const T* __restrict y) {
-    constexpr int W = Lanes<T>::width, P = Lanes<T>::panel;
+IHVP_INLINE void multiply(Tile<T>& tile, bool more, int64_t depth, Operand<T> left, Operand<T> right, Ahead ahead) {
+    constexpr int W = Lanes<T>::width;
+    const T* __restrict x = left.data;
+    const T* __restrict y = right.data;
     Vec<T> acc[tile_rows][vectors] = {};
+    if (more) {
+#pragma GCC unroll 16
+        for (int r = 0; r < tile_rows; ++r) {
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; ++v) acc[r][v] = tile.acc[r][v];
+        }
+    }
     for (int64_t k = 0; k < depth; ++k) {
         Vec<T> b[vectors];
 #pragma GCC unroll 8
@@ -135,8 +185,10 @@ IHVP_INLINE void multiply(Tile<T>& tile, int64_t depth, const T* __restrict x, c
 #pragma GCC unroll 8
             for (int v = 0; v < vectors; ++v) acc[r][v] += b[v] * x[r];
         }
-        x += P;
-        y += P;
+        __builtin_prefetch(ahead.data, 0, 2);
+        ahead.data += ahead.stride;
+        x += left.stride;
+        y += right.stride;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < tile_rows; ++r) {
@@ -145,42 +197,87 @@ IHVP_INLINE void multiply(Tile<T>& tile, int64_t depth, const T* __restrict x, c
     }
 }
 
-// The tile at rows i.. of X's columns and panel p of Y, over the rows k0..k1 of both.
+// tile (+)= sum over `depth` rows, `columns` columns of the right operand counting.
 template <class T>
-IHVP_INLINE void multiply(Tile<T>& tile, const Panels<T>& x, int64_t i, const Panels<T>& y, int64_t p, int64_t k0,
-                          int64_t k1) {
-    constexpr int64_t P = Lanes<T>::panel;
-    const T* a = x.at(k0, i);
-    const T* b = y.data + (p * y.depth + k0) * P;
-    int64_t left = ceil_div(y.columns - p * P, Lanes<T>::width);
-    tile.vectors = left < tile_vectors ? int(left) : tile_vectors;
+IHVP_INLINE void multiply(Tile<T>& tile, bool more, int64_t depth, Operand<T> left, Operand<T> right, int64_t columns,
+                          Ahead ahead) {
+    int64_t vectors = ceil_div(columns, Lanes<T>::width);
+    tile.vectors = vectors < tile_vectors ? int(vectors) : tile_vectors;
     switch (tile.vectors) {
         case 1:
-            return multiply<T, 1>(tile, k1 - k0, a, b);
+            return multiply<T, 1>(tile, more, depth, left, right, ahead);
 #if IHVP_TILE_VECTORS > 2
         case 2:
-            return multiply<T, 2>(tile, k1 - k0, a, b);
+            return multiply<T, 2>(tile, more, depth, left, right, ahead);
 #endif
 #if IHVP_TILE_VECTORS > 3
         case 3:
-            return multiply<T, 3>(tile, k1 - k0, a, b);
+            return multiply<T, 3>(tile, more, depth, left, right, ahead);
 #endif
         default:
-            return multiply<T, tile_vectors>(tile, k1 - k0, a, b);
+            return multiply<T, tile_vectors>(tile, more, depth, left, right, ahead);
     }
 }
 
-// X^T Y for the columns i0..i1 of X and the panels p0..p1 of Y, all of k.
+// The tile at rows i.. of X's columns and panel p of Y, over the rows k0..k1 of both; `more` adds to it.
+template <class T>
+IHVP_INLINE void multiply(Tile<T>& tile, const Panels<T>& x, int64_t i, const Panels<T>& y, int64_t p, int64_t k0,
+                          int64_t k1, bool more = false, Ahead ahead = {}) {
+    constexpr int64_t P = Lanes<T>::panel;
+    multiply(tile, more, k1 - k0, Operand<T>{x.at(k0, i)}, Operand<T>{y.data + (p * y.depth + k0) * P},
+             y.columns - p * P, ahead);
+}
+
+// X^T Y for the columns i0..i1 of X and the panels p0..p1 of Y, all of k. What is multiplied at a time lies in the L2
+// cache: block_rows columns of X, one panel of Y, block_k of k. Where k is longer, the tiles of a block of X by
+// block_panels of Y wait for the next block of k.
 template <class T, class Finish>
 IHVP_INLINE void product(const Panels<T>& x, int64_t i0, int64_t i1, const Panels<T>& y, int64_t p0, int64_t p1,
                          const Finish& finish) {
-    for (int64_t p = p0; p < p1; ++p) {
-        for (int64_t i = i0; i < i1; i += tile_rows) {
-            Tile<T> tile;
-            multiply(tile, x, i, y, p, 0, x.depth);
-            finish(tile, i, p * Panels<T>::width);
+    constexpr int64_t W = Panels<T>::width, block_k = block_bytes / (W * int64_t(sizeof(T)));
+    constexpr int64_t block_panels = 4, block_tiles = block_rows / tile_rows;
+    Tile<T> waiting[block_panels * block_tiles];
+    bool whole = x.depth <= 2 * block_k;
+    for (int64_t rows = i0; rows < i1; rows += block_rows) {
+        int64_t end = least(i1, rows + block_rows);
+        for (int64_t group = p0; group < p1; group += block_panels) {
+            int64_t group_end = least(p1, group + block_panels), k = 0;
+            do {
+                int64_t k1 = whole || x.depth - k < 2 * block_k ? x.depth : k + block_k;
+                for (int64_t p = group; p < group_end; ++p) {
+                    const T* next = p + 1 < group_end ? y.at(k, (p + 1) * W)
+                                    : k1 < x.depth    ? y.at(k1, group * W)
+                                    : group_end < p1  ? y.at(0, group_end * W)
+                                                      : y.at(k, p * W);
+                    int64_t share = W * int64_t(sizeof(T)) * tile_rows / (end - rows);
+                    Tile<T>* tile = waiting + (whole ? 0 : (p - group) * block_tiles);
+                    for (int64_t i = rows; i < end; i += tile_rows) {
+                        int64_t done = (i - rows) / tile_rows * (k1 - k) * share;
+                        multiply(*tile, x, i, y, p, k, k1, k > 0, {reinterpret_cast<const char*>(next) + done, share});
+                        if (k1 == x.depth) finish(*tile, i, p * W);
+                        tile += whole ? 0 : 1;
+                    }
+                }
+                k = k1;
+            } while (k < x.depth);
         }
     }
+}
+
+// All of X^T Y, or the tiles on and above its diagonal, parallel over blocks of X by groups of panels of Y.
+template <class T, bool upper, class Finish>
+void product(const Panels<T>& x, const Panels<T>& y, int threads, const Finish& finish) {
+    constexpr int64_t W = Panels<T>::width, group = 4;
+    int64_t blocks = ceil_div(x.columns, block_rows), groups = ceil_div(y.count(), group);
+    parallel(threads, blocks * groups, [&](int64_t task, int) {
+        int64_t first = task / groups * block_rows, end = least(x.columns, first + block_rows);
+        int64_t p0 = task % groups * group, p1 = least(y.count(), p0 + group);
+        if (!upper || end <= p0 * W) {
+            product(x, first, end, y, p0, p1, finish);
+        } else {
+            for (int64_t p = p0; p < p1; ++p) product(x, first, least(end, (p + 1) * W), y, p, p + 1, finish);
+        }
+    });
 }
 
 // --- what follows a tile -----------------------------------------------------------------------------------
@@ -207,19 +304,29 @@ struct StoreMatrix {
     S* out;
     int64_t rows, columns, stride_row, stride_column;
     IHVP_INLINE void operator()(const Tile<T>& tile, int64_t i, int64_t j) const {
-        T spilled[Lanes<T>::panel];
-        int height = int(least(tile_rows, rows - i)), width = int(least(Lanes<T>::panel, columns - j));
+        int height = int(least(tile_rows, rows - i));
         for (int r = 0; r < height; ++r) {
-            for (int v = 0; v < tile.vectors; ++v) store(spilled + v * Lanes<T>::width, tile.acc[r][v]);
-            S* row = out + (i + r) * stride_row + j * stride_column;
-            if (stride_column == 1) {
-                for (int c = 0; c < width; ++c) row[c] = add ? S(row[c] + S(spilled[c])) : S(spilled[c]);
-            } else {
-                for (int c = 0; c < width; ++c) {
-                    S& at = row[c * stride_column];
-                    at = add ? S(at + S(spilled[c])) : S(spilled[c]);
+            for (int v = 0; v < tile.vectors; ++v) {
+                int64_t column = j + v * Lanes<T>::width, left = columns - column;
+                S* at = out + (i + r) * stride_row + column * stride_column;
+                if (stride_column == 1 && left >= Lanes<T>::width) {
+                    put(at, tile.acc[r][v]);
+                } else {
+                    T spilled[Lanes<T>::width];
+                    store(spilled, tile.acc[r][v]);
+                    for (int64_t c = 0; c < least(Lanes<T>::width, left); ++c) put(at[c * stride_column], spilled[c]);
                 }
             }
+        }
+    }
+    IHVP_INLINE static void put(S& at, T value) { at = add ? S(at + S(value)) : S(value); }
+    IHVP_INLINE static void put(S* at, Vec<T> value) {
+        if constexpr (sizeof(S) == sizeof(T)) {
+            store(at, add ? load(at) + value : value);
+        } else {
+            T spilled[Lanes<T>::width];
+            store(spilled, value);
+            for (int c = 0; c < Lanes<T>::width; ++c) put(at[c], spilled[c]);
         }
     }
 };
@@ -245,8 +352,21 @@ int64_t basis_size(const View& U, int64_t d) {
     return U.data ? Panels<T>::size(d, d) : 0;
 }
 
+// Positions that a thread takes at a time: whole panels, few enough for every thread to have some.
+template <class T>
+int64_t rows_of_a_task(int64_t positions, int threads) {
+    constexpr int64_t W = Panels<T>::width;
+    return most(1, least(block_rows / W, ceil_div(positions, W) / (2 * threads))) * W;
+}
+
+// Elements of such a task's packed positions, `depth` features each.
+template <class T>
+int64_t task_size(int64_t depth) {
+    return depth * most(block_rows, Panels<T>::width);
+}
+
 // out[m, c] = sum_k x[m, k] U[k, c] for the positions first.. of x, as panels with k = m; squared where asked.
-// `scratch` holds one panel of depth d per thread.
+// `scratch` holds task_size of d elements per thread.
 template <class T, bool square>
 void project(const Panels<T>& out, const Rows& x, int64_t first, const Panels<T>& basis, T* scratch, int threads) {
     constexpr int64_t W = Panels<T>::width;
@@ -260,12 +380,14 @@ void project(const Panels<T>& out, const Rows& x, int64_t first, const Panels<T>
         }
         return;
     }
-    parallel(threads, ceil_div(out.depth, W), [&](int64_t p, int thread) {
-        Panels<T> part{scratch + thread * basis.depth * W, basis.depth, least(W, out.depth - p * W)};
-        pack_transposed(part, 0, x, first + p * W);
-        StorePanels<T, square> finish{out};
+    StorePanels<T, square> finish{out};
+    int64_t rows = rows_of_a_task<T>(out.depth, threads);
+    parallel(threads, ceil_div(out.depth, rows), [&](int64_t block, int thread) {
+        int64_t at = block * rows;
+        Panels<T> part{scratch + thread * task_size<T>(basis.depth), basis.depth, least(rows, out.depth - at)};
+        for (int64_t p = 0; p < part.count(); ++p) pack_transposed(part, p, x, first + at);
         product(part, 0, part.columns, basis, 0, basis.count(),
-                [&](const Tile<T>& tile, int64_t i, int64_t j) { finish(tile, p * W + i, j); });
+                [&](const Tile<T>& tile, int64_t i, int64_t j) { finish(tile, at + i, j); });
     });
 }
 
@@ -284,7 +406,7 @@ void project_features(const Panels<T>& out, const Rows& x, int64_t first, const 
             }
             return;
         }
-        Panels<T> part{scratch + thread * basis.depth * W, basis.depth, target.columns};
+        Panels<T> part{scratch + thread * task_size<T>(basis.depth), basis.depth, target.columns};
         pack_transposed(part, 0, x, first + p * W);
         product(basis, 0, basis.columns, part, 0, 1, StorePanels<T, square>{target});
     });

@@ -1,6 +1,7 @@
 // S[q,n] = sum_t delta[n,t]^T P[q] a[n,t], or S[q,n,t] without the sum.
 // query_first: (delta P[q])[m,i] by one product a query, then a row dot with a.
-// gradient_first: g_n = sum_t delta a^T a block at a time, then dots of blocks of P and g; g is never whole.
+// gradient_first: a block of g_n = sum_t delta a^T for some examples, then its dots with that block of P; g is never
+// whole, and P is read once for those examples.
 #include "engine.h"
 
 namespace ihvp {
@@ -12,17 +13,18 @@ template <class T>
 Status query_first(const View& out, const View& P, const Rows& a, const Rows& delta, int64_t N, int64_t positions,
                    bool per_token, int threads) {
     constexpr int64_t W = Panels<T>::width, chunk_positions = 2048, lanes = Lanes<T>::width;
+    constexpr int64_t group = block_rows;  // columns of P[q] at a time
     int64_t Q = P.shape[0], I = a.features, O = delta.features;
     int64_t examples = chunk_of_examples(N, positions, chunk_positions), depth = examples * positions;
     Workspace space;
     space.plan<T>(Panels<T>::size(O, depth));
     space.plan<T>(Panels<T>::size(depth, I));
-    space.plan<T>(threads * (O * W + depth * lanes));
+    space.plan<T>(threads * (O * group + depth * lanes));
     space.plan<T>(Q * depth);
     if (!space.allocate()) return Status::out_of_memory;
     T* memory_d = space.take<T>(Panels<T>::size(O, depth));
     T* memory_x = space.take<T>(Panels<T>::size(depth, I));
-    T* scratch = space.take<T>(threads * (O * W + depth * lanes));
+    T* scratch = space.take<T>(threads * (O * group + depth * lanes));
     T* dots = space.take<T>(Q * depth);
     T* result = static_cast<T*>(out.data);
     for (int64_t first = 0; first < N; first += examples) {
@@ -34,23 +36,22 @@ Status query_first(const View& out, const View& P, const Rows& a, const Rows& de
         int64_t block = ceil_div(d.count(), blocks) * W;
         parallel(threads, Q * blocks, [&](int64_t task, int thread) {
             int64_t q = task / blocks, i0 = task % blocks * block, i1 = least(rows, i0 + block);
-            T* packed = scratch + thread * (O * W + depth * lanes);
-            T* sums = packed + O * W;
+            T* packed = scratch + thread * (O * group + depth * lanes);
+            T* sums = packed + O * group;
             Rows query = matrix_rows(entry(P, q));
             for (int64_t e = i0 * lanes; e < i1 * lanes; ++e) sums[e] = 0;
-            for (int64_t p = 0; p < x.count(); ++p) {
-                // One panel of P[q]: rows k = o, columns i of panel p.
-                Panels<T> part{packed, O, least(W, I - p * W)};
-                for (int64_t k = 0; k < O; ++k) {
-                    query.read(packed + k * W, k, p * W, p * W + part.columns);
-                    for (int64_t c = part.columns; c < W; ++c) packed[k * W + c] = 0;
-                }
-                product(d, i0, i1, part, 0, 1, [&](const Tile<T>& tile, int64_t i, int64_t) {
+            for (int64_t c0 = 0; c0 < I; c0 += group) {
+                Panels<T> part{packed, O, least(group, I - c0)};
+                Rows columns = query;
+                columns.data += c0 * columns.stride_column * element_size(columns.dtype);
+                columns.features = columns.stored = part.columns;
+                pack_straight(part, columns, 0, 0, O);
+                product(d, i0, i1, part, 0, part.count(), [&](const Tile<T>& tile, int64_t i, int64_t j) {
                     int height = int(least(tile_rows, i1 - i));
                     for (int r = 0; r < height; ++r) {
                         T* at = sums + (i + r) * lanes;
                         Vec<T> sum = load(at);
-                        const T* row = x.at(i + r, p * W);
+                        const T* row = x.at(i + r, c0 + j);
                         for (int v = 0; v < tile.vectors; ++v) sum += tile.acc[r][v] * load(row + v * lanes);
                         store(at, sum);
                     }
@@ -75,100 +76,164 @@ Status query_first(const View& out, const View& P, const Rows& a, const Rows& de
     return Status::ok;
 }
 
-// The dot tile: queries x examples, vectors along the parameters.
+// The dot tile: queries x examples, vectors along the parameters. Its sums stay vectors until the very end.
 constexpr int dot_queries = tile_rows >= 8 ? 4 : 2;
 constexpr int dot_examples = tile_rows >= 8 ? 6 : 4;
+constexpr int64_t block_inputs = block_rows;  // the columns of a block of g
+
+// The same rows of some queries or examples: `next` elements from one of them to the other.
+template <class T>
+struct Several {
+    const T* data;
+    int64_t next, stride;
+};
 
 template <class T>
-IHVP_INLINE void dot_tile(T* out, int64_t stride_out, const T* p, const T* g, int64_t length) {
-    Vec<T> acc[dot_queries][dot_examples] = {};
-    for (int64_t k = 0; k < length; k += Lanes<T>::width) {
-        Vec<T> b[dot_examples];
+IHVP_INLINE void dot_tile(T* sums, int64_t stride_sums, Several<T> P, Several<T> g, int64_t rows, int64_t columns) {
+    constexpr int lanes = Lanes<T>::width;
+    Vec<T> acc[dot_queries][dot_examples];
+    for (int i = 0; i < dot_queries; ++i) {
+        for (int j = 0; j < dot_examples; ++j) acc[i][j] = load(sums + i * stride_sums + j * lanes);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        const T* p = P.data + r * P.stride;
+        const T* x = g.data + r * g.stride;
+        for (int64_t c = 0; c < columns; c += lanes) {
+            Vec<T> b[dot_examples];
 #pragma GCC unroll 8
-        for (int j = 0; j < dot_examples; ++j) b[j] = load(g + j * length + k);
+            for (int j = 0; j < dot_examples; ++j) b[j] = load(x + j * g.next + c);
 #pragma GCC unroll 8
-        for (int i = 0; i < dot_queries; ++i) {
-            Vec<T> a = load(p + i * length + k);
+            for (int i = 0; i < dot_queries; ++i) {
+                Vec<T> a = load(p + i * P.next + c);
 #pragma GCC unroll 8
-            for (int j = 0; j < dot_examples; ++j) acc[i][j] += a * b[j];
+                for (int j = 0; j < dot_examples; ++j) acc[i][j] += a * b[j];
+            }
         }
     }
-#pragma GCC unroll 8
     for (int i = 0; i < dot_queries; ++i) {
-#pragma GCC unroll 8
-        for (int j = 0; j < dot_examples; ++j) out[i * stride_out + j] += sum_lanes<T>(acc[i][j]);
+        for (int j = 0; j < dot_examples; ++j) store(sums + i * stride_sums + j * lanes, acc[i][j]);
+    }
+}
+
+// The outputs o0..o1 and inputs i0..i1 of g.
+struct Block {
+    int64_t o0, o1, i0, i1;
+};
+
+// Columns c0..c1 of positions first..first + depth as one side of a product: as they lie, or copied and padded.
+template <class T>
+Operand<T> columns_of(const Rows& tokens, int64_t first, int64_t depth, int64_t c0, int64_t c1, bool whole, T* buffer) {
+    const T* lying = lying_row<T>(tokens, first);
+    if (lying != nullptr && whole) return {lying + c0, tokens.stride_inner};
+    for (int64_t k = 0; k < depth; ++k) {
+        T* row = buffer + k * block_rows;
+        tokens.read(row, first + k, c0, c1);
+        for (int64_t c = c1 - c0; c < block_rows; ++c) row[c] = 0;
+    }
+    return {buffer, block_rows};
+}
+
+// The block of g_n in `g`, rows of block_inputs. `buffer` holds 2 * block_positions rows of block_rows.
+constexpr int64_t block_positions = 256;
+template <class T>
+void gradient_block(T* g, const Rows& a, const Rows& delta, int64_t first, int64_t positions, Block b, T* buffer) {
+    constexpr int64_t W = Panels<T>::width;
+    int64_t outputs = b.o1 - b.o0, inputs = b.i1 - b.i0;
+    for (int64_t t = 0; t < positions; t += block_positions) {
+        int64_t depth = least(block_positions, positions - t);
+        Operand<T> d = columns_of(delta, first + t, depth, b.o0, b.o1, outputs % tile_rows == 0, buffer);
+        Operand<T> x =
+            columns_of(a, first + t, depth, b.i0, b.i1, inputs % W == 0, buffer + block_positions * block_rows);
+        for (int64_t j = 0; j < inputs; j += W) {
+            for (int64_t i = 0; i < outputs; i += tile_rows) {
+                T* target = g + i * block_inputs + j;
+                Tile<T> tile;
+                if (t > 0) {
+                    for (int r = 0; r < tile_rows; ++r) {
+                        for (int v = 0; v < tile_vectors; ++v)
+                            tile.acc[r][v] = load(target + r * block_inputs + v * Lanes<T>::width);
+                    }
+                }
+                multiply(tile, t > 0, depth, {d.data + i, d.stride}, {x.data + j, x.stride}, W, {});
+                for (int r = 0; r < tile_rows; ++r) {
+                    for (int v = 0; v < tile_vectors; ++v)
+                        store(target + r * block_inputs + v * Lanes<T>::width, tile.acc[r][v]);
+                }
+            }
+        }
     }
 }
 
 template <class T>
 Status gradient_first(const View& out, const View& P, const Rows& a, const Rows& delta, int64_t N, int64_t positions,
                       int threads) {
-    constexpr int64_t W = Panels<T>::width;
-    constexpr int64_t block_outputs = 16;  // rows of a block of g: a dot tile's operands stay in the L1 cache
-    constexpr int64_t parts = 16;          // sums kept apart, so that their order does not follow the threads
-    static_assert(block_outputs % tile_rows == 0, "a block holds whole tiles");
+    constexpr int lanes = Lanes<T>::width;
+    constexpr int64_t most_examples = 5 * dot_examples;  // of a block: P is read once for so many
+    constexpr int64_t most_parts = 8;  // sums kept apart, so that their order does not follow the threads
+    constexpr int64_t dot_rows = 4;    // of a block at a time: a dot tile's operands stay in the L1 cache
+    static_assert(block_inputs % Panels<T>::width == 0, "whole tiles");
     int64_t Q = P.shape[0], I = a.features, O = delta.features;
-    int64_t examples = least(64, chunk_of_examples(N, positions, 2048)), depth = examples * positions;
-    int64_t length = block_outputs * W;
-    int64_t rows_q = ceil_div(Q, dot_queries) * dot_queries, rows_n = ceil_div(examples, dot_examples) * dot_examples;
+    int64_t columns = ceil_div(I, block_inputs), block_outputs = block_rows;
+    while (block_outputs > 3 * tile_rows && ceil_div(O, block_outputs) * columns < most_parts) block_outputs /= 2;
+    int64_t blocks = ceil_div(O, block_outputs) * columns, parts = least(blocks, most_parts);
+    int64_t size = block_outputs * block_inputs;
+    int64_t examples = least(N, most_examples), rows_n = ceil_div(examples, dot_examples) * dot_examples;
+    int64_t rows_q = ceil_div(Q, dot_queries) * dot_queries, size_sums = rows_q * rows_n * lanes;
+    int64_t size_tokens = 2 * block_positions * block_rows, size_queries = dot_queries * dot_rows * block_inputs;
+    int64_t own = rows_n * size + size_tokens + size_queries;
     Workspace space;
-    space.plan<T>(Panels<T>::size(depth, O));
-    space.plan<T>(Panels<T>::size(depth, I));
-    space.plan<T>(threads * (rows_n + dot_queries) * length);
-    space.plan<T>(parts * rows_q * rows_n);
+    space.plan<T>(threads * own);
+    space.plan<T>(parts * size_sums);
     if (!space.allocate()) return Status::out_of_memory;
-    T* memory_d = space.take<T>(Panels<T>::size(depth, O));
-    T* memory_x = space.take<T>(Panels<T>::size(depth, I));
-    T* scratch = space.take<T>(threads * (rows_n + dot_queries) * length);
-    T* sums = space.take<T>(parts * rows_q * rows_n);
+    T* scratch = space.take<T>(threads * own);
+    T* sums = space.take<T>(parts * size_sums);
     T* result = static_cast<T*>(out.data);
-    for (int64_t e = 0; e < threads * (rows_n + dot_queries) * length; ++e) scratch[e] = 0;
     for (int64_t first = 0; first < N; first += examples) {
-        int64_t count = least(examples, N - first);
-        Panels<T> d{memory_d, count * positions, O}, x{memory_x, count * positions, I};
-        pack_straight(d, delta, first * positions, threads);
-        pack_straight(x, a, first * positions, threads);
-        for (int64_t e = 0; e < parts * rows_q * rows_n; ++e) sums[e] = 0;
-        int64_t blocks = ceil_div(O, block_outputs) * x.count();
+        int64_t count = least(examples, N - first), padded = ceil_div(count, dot_examples) * dot_examples;
         parallel(threads, parts, [&](int64_t part, int thread) {
-            T* g = scratch + thread * (rows_n + dot_queries) * length;
-            T* queries = g + rows_n * length;
-            T* own = sums + part * rows_q * rows_n;
-            for (int64_t b = part; b < blocks; b += parts) {
-                int64_t p = b % x.count(), o0 = b / x.count() * block_outputs, o1 = least(O, o0 + block_outputs);
-                int64_t c1 = least(I, (p + 1) * W);
-                for (int64_t n = 0; n < count; ++n) {
-                    for (int64_t i = o0; i < o0 + block_outputs; i += tile_rows) {
-                        T* at = g + n * length + (i - o0) * W;
-                        Tile<T> tile = {};
-                        if (i < o1) multiply(tile, d, i, x, p, n * positions, (n + 1) * positions);
-                        for (int r = 0; r < tile_rows; ++r) {
-                            for (int v = 0; v < tile_vectors; ++v) {
-                                store(at + r * W + v * Lanes<T>::width, v < tile.vectors ? tile.acc[r][v] : Vec<T>{});
+            T* g = scratch + thread * own;
+            T* tokens = g + rows_n * size;
+            T* queries = tokens + size_tokens;
+            T* sum = sums + part * size_sums;
+            for (int64_t e = 0; e < size_sums; ++e) sum[e] = 0;
+            for (int64_t e = count * size; e < padded * size; ++e) g[e] = 0;
+            for (int64_t index = part; index < blocks; index += parts) {
+                int64_t o0 = index / columns * block_outputs, i0 = index % columns * block_inputs;
+                Block b{o0, least(O, o0 + block_outputs), i0, least(I, i0 + block_inputs)};
+                for (int64_t n = 0; n < count; ++n)
+                    gradient_block(g + n * size, a, delta, (first + n) * positions, positions, b, tokens);
+                int64_t inputs = b.i1 - b.i0, width = ceil_div(inputs, lanes) * lanes;
+                for (int64_t o = b.o0; o < b.o1; o += dot_rows) {
+                    int64_t rows = least(dot_rows, b.o1 - o);
+                    for (int64_t q = 0; q < Q; q += dot_queries) {
+                        Rows query = matrix_rows(entry(P, q));
+                        const T* lying = lying_row<T>(query, o);
+                        Several<T> left{queries, dot_rows * block_inputs, block_inputs};
+                        if (lying != nullptr && inputs == width && Q - q >= dot_queries) {
+                            left = {lying + b.i0, P.stride[0], P.stride[1]};
+                        } else {
+                            for (int64_t e = 0; e < dot_queries; ++e) {
+                                for (int64_t r = 0; r < rows; ++r) {
+                                    T* row = queries + e * left.next + r * left.stride;
+                                    if (q + e < Q) matrix_rows(entry(P, q + e)).read(row, o + r, b.i0, b.i1);
+                                    for (int64_t c = q + e < Q ? inputs : 0; c < width; ++c) row[c] = 0;
+                                }
                             }
                         }
-                    }
-                }
-                for (int64_t q = 0; q < Q; q += dot_queries) {
-                    for (int64_t e = 0; e < least(dot_queries, Q - q); ++e) {
-                        Rows query = matrix_rows(entry(P, q + e));
-                        for (int64_t o = o0; o < o1; ++o) query.read(queries + e * length + (o - o0) * W, o, p * W, c1);
-                        // What an earlier block left in the padding meets zeros in g; it must be finite there.
-                        for (int64_t o = 0; o < block_outputs; ++o) {
-                            int64_t from = o < o1 - o0 ? c1 - p * W : 0;
-                            for (int64_t c = from; c < W; ++c) queries[e * length + o * W + c] = 0;
+                        for (int64_t n = 0; n < count; n += dot_examples) {
+                            Several<T> right{g + n * size + (o - b.o0) * block_inputs, size, block_inputs};
+                            dot_tile(sum + (q * rows_n + n) * lanes, rows_n * lanes, left, right, rows, width);
                         }
                     }
-                    for (int64_t n = 0; n < count; n += dot_examples)
-                        dot_tile(own + q * rows_n + n, rows_n, queries, g + n * length, length);
                 }
             }
         });
         for (int64_t q = 0; q < Q; ++q) {
             for (int64_t n = 0; n < count; ++n) {
-                T sum = 0;
-                for (int64_t part = 0; part < parts; ++part) sum += sums[(part * rows_q + q) * rows_n + n];
-                result[q * out.stride[0] + (first + n) * out.stride[1]] = sum;
+                Vec<T> total = {};
+                for (int64_t part = 0; part < parts; ++part)
+                    total += load(sums + part * size_sums + (q * rows_n + n) * lanes);
+                result[q * out.stride[0] + (first + n) * out.stride[1]] = sum_lanes<T>(total);
             }
         }
     }

@@ -51,6 +51,11 @@ void widen_row(T* __restrict out, const S* in, int64_t stride, int64_t count) {
     }
 }
 
+inline int64_t element_size(DType dtype) {
+    constexpr int64_t sizes[] = {4, 8, 2, 2, 1};
+    return sizes[int(dtype)];
+}
+
 // A matrix as its rows. For tokens (N,T,features) a row is a position and `features` counts the bias feature;
 // for a matrix (rows, columns) there is one outer index.
 struct Rows {
@@ -114,6 +119,31 @@ inline Rows matrix_rows(const View& m, bool transposed = false) {
                 0};
 }
 
+// Where row `row` begins when rows can be used as they lie: of type T, in one piece, nothing masked, no bias feature.
+template <class T>
+inline const T* lying_row(const Rows& m, int64_t row) {
+    constexpr DType own = sizeof(T) == sizeof(double) ? DType::f64 : DType::f32;
+    if (m.dtype != own || m.stride_column != 1 || m.mask != nullptr || m.stored != m.features) return nullptr;
+    return reinterpret_cast<const T*>(m.data) + row / m.inner * m.stride_outer + row % m.inner * m.stride_inner;
+}
+
+// A matrix in which the rows lie next to each other, as the eigenvectors of LAPACK do: it is read by its columns.
+inline bool lies_by_columns(const Rows& m) {
+    return m.stride_column != 1 && m.stride_inner == 1 && m.inner >= m.count && m.stored == m.features &&
+           m.mask == nullptr;
+}
+
+// The same memory from row `first_row` on, rows and columns exchanged.
+inline Rows exchanged(const Rows& m, int64_t first_row) {
+    Rows r = m;
+    r.data = m.data + first_row * m.stride_inner * element_size(m.dtype);
+    r.stride_inner = m.stride_column;
+    r.stride_column = m.stride_inner;
+    r.count = r.inner = m.features;
+    r.features = r.stored = m.count - first_row;
+    return r;
+}
+
 inline Rows token_rows(const View& x, const View& mask, bool bias) {
     int64_t inner = x.shape[1] > 0 ? x.shape[1] : 1;
     return Rows{static_cast<const char*>(x.data),
@@ -132,10 +162,9 @@ inline Rows token_rows(const View& x, const View& mask, bool bias) {
 
 // One entry of a batch of matrices.
 inline View entry(const View& m, int64_t index) {
-    static const int64_t sizes[] = {4, 8, 2, 2, 1};
     View v = m;
     v.dims = m.dims - 1;
-    v.data = static_cast<char*>(m.data) + index * m.stride[0] * sizes[int(m.dtype)];
+    v.data = static_cast<char*>(m.data) + index * m.stride[0] * element_size(m.dtype);
     for (int i = 0; i < v.dims; ++i) {
         v.shape[i] = m.shape[i + 1];
         v.stride[i] = m.stride[i + 1];

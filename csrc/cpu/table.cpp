@@ -16,11 +16,27 @@ Status ekfac_solve(View, View, View, View, View, View, int);
 Status weighted_ghost_dot(View, View, View, View, View, View, View, View, bool, Precision, int);
 Status gradient_dot(View, View, View, View, View, bool, bool, Order, int);
 Status kfac_solve(View, View, View, View, int);
+Status ghost_dot(View, View, View, View, View, View, View, bool, bool, bool, int);
+Status ghost_norm(View, View, View, View, bool, int);
+Status per_sample_gradient(View, View, View, View, bool, int);
+int64_t peak(double*, bool, double, double, int64_t, int);
 
 extern const Kernels kernels;
-const Kernels kernels = {
-    IHVP_TEXT(IHVP_ISA),  covariance_update, eigenbasis_project, eigenbasis_rotate, ekfac_diagonal_update,
-    ekfac_self_influence, ekfac_solve,       weighted_ghost_dot, gradient_dot,      kfac_solve};
+const Kernels kernels = {IHVP_TEXT(IHVP_ISA),
+                         covariance_update,
+                         eigenbasis_project,
+                         eigenbasis_rotate,
+                         ekfac_diagonal_update,
+                         ekfac_self_influence,
+                         ekfac_solve,
+                         weighted_ghost_dot,
+                         gradient_dot,
+                         kfac_solve,
+                         ghost_dot,
+                         ghost_norm,
+                         per_sample_gradient,
+                         peak,
+                         nullptr};
 
 }  // namespace IHVP_ISA
 }  // namespace ihvp

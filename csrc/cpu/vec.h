@@ -18,6 +18,8 @@ namespace {
 
 constexpr int tile_rows = IHVP_TILE_ROWS;
 constexpr int tile_vectors = IHVP_TILE_VECTORS;
+constexpr int64_t block_bytes = 96 << 10;  // of a panel: with block_rows of the other operand in an L2 cache of 1 MB
+constexpr int64_t block_rows = 192;
 
 template <class T>
 struct Lanes {
@@ -49,6 +51,35 @@ IHVP_INLINE T sum_lanes(Vec<T> v) {
         for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
     }
     return lanes[0];
+}
+
+template <int... lane>
+struct LaneList {};
+template <int count, int... lane>
+struct CountLanes : CountLanes<count - 1, count - 1, lane...> {};
+template <int... lane>
+struct CountLanes<0, lane...> {
+    typedef LaneList<lane...> List;
+};
+
+template <class T, int size, int... lane>
+IHVP_INLINE void swap_blocks(Vec<T>& a, Vec<T>& b, LaneList<lane...>) {
+    Vec<T> low = __builtin_shufflevector(a, b, (lane & size ? Lanes<T>::width + lane - size : lane)...);
+    b = __builtin_shufflevector(a, b, (lane & size ? Lanes<T>::width + lane : lane + size)...);
+    a = low;
+}
+
+// Transposes a square of vectors: blocks of 1, 2, 4, ... lanes change places across the diagonal.
+template <class T, int size = 1>
+IHVP_INLINE void transpose(Vec<T> (&rows)[Lanes<T>::width]) {
+    if constexpr (size < Lanes<T>::width) {
+#pragma GCC unroll 16
+        for (int r = 0; r < Lanes<T>::width; ++r) {
+            if (!(r & size))
+                swap_blocks<T, size>(rows[r], rows[r + size], typename CountLanes<Lanes<T>::width>::List{});
+        }
+        transpose<T, 2 * size>(rows);
+    }
 }
 
 IHVP_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

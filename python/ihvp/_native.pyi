@@ -60,3 +60,21 @@ def gradient_dot(
     threads: int,
 ) -> None: ...
 def kfac_solve(out: Tensor, V: Tensor, L_A: Tensor, L_G: Tensor, threads: int) -> None: ...
+def ghost_dot(
+    out: Tensor,
+    a1: Tensor,
+    delta1: Tensor,
+    a2: Tensor,
+    delta2: Tensor,
+    mask1: Tensor | None,
+    mask2: Tensor | None,
+    bias1: bool,
+    bias2: bool,
+    per_token: bool,
+    threads: int,
+) -> None: ...
+def ghost_norm(out: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool, threads: int) -> None: ...
+def per_sample_gradient(
+    out: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool, threads: int
+) -> None: ...
+def peak(dtype: str, rounds: int, threads: int) -> int: ...

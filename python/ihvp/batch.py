@@ -50,10 +50,15 @@ class Batch:
     @property
     def size(self) -> int:
         """N, the first dimension of the targets, or else of the first tensor among the arguments."""
-        for x in _tensors((self.targets, self.args, self.kwargs)):
+        for x in tensors((self.targets, self.args, self.kwargs)):
             if x.dim() > 0:
                 return int(x.shape[0])
         raise ValueError("a batch must hold a tensor whose first dimension is the example")
+
+    @property
+    def contents(self) -> tuple[Any, ...]:
+        """All that the batch holds, in the order of its attributes."""
+        return tuple(getattr(self, own.name) for own in fields(self))
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with every tensor replaced."""
@@ -82,15 +87,28 @@ def as_batch(raw: Any) -> Batch:
     return Batch(args=tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), targets=targets)
 
 
-def _tensors(x: Any) -> Iterator[Tensor]:
+def tensors(x: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and mappings."""
     if isinstance(x, Tensor):
         yield x
     elif isinstance(x, Mapping):
         for value in x.values():
-            yield from _tensors(value)
+            yield from tensors(value)
     elif isinstance(x, (tuple, list)):
         for value in x:
-            yield from _tensors(value)
+            yield from tensors(value)
+
+
+def same(x: Any, y: Any) -> bool:
+    """Whether nested tuples, lists and mappings hold equal tensors of one dtype and device, and equal other things."""
+    if isinstance(x, Tensor) or isinstance(y, Tensor):
+        both = isinstance(x, Tensor) and isinstance(y, Tensor)
+        return both and (x.dtype, x.device) == (y.dtype, y.device) and torch.equal(x, y)
+    if isinstance(x, Mapping) and isinstance(y, Mapping):
+        return x.keys() == y.keys() and all(same(x[key], y[key]) for key in x)
+    if isinstance(x, (tuple, list)) and type(x) is type(y):
+        return len(x) == len(y) and all(map(same, x, y))
+    return bool(x == y)
 
 
 def _map(x: Any, f: Callable[[Tensor], Tensor]) -> Any:

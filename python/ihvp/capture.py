@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ihvp.batch import Batch
-from ihvp.model import InfluenceModel, Layer
+from ihvp.cache import TokenCache, Tokens
+from ihvp.model import InfluenceModel, Layer, LossFn
 
 Sink = Callable[[Layer, Tensor, Tensor, "Tensor | None"], None]
 """Receives (layer, a, delta, mask) as the backward pass reaches the layer: (N,T,I), (N,T,O), (N,T) or None."""
@@ -78,12 +79,19 @@ def untouched(net: nn.Module) -> Iterator[None]:
 
 
 def capture(
-    model: InfluenceModel, batch: Batch, sink: Sink, *, index: int = 0, generator: torch.Generator | None = None
+    model: InfluenceModel,
+    batch: Batch,
+    sink: Sink,
+    *,
+    index: int = 0,
+    generator: torch.Generator | None = None,
+    measurement: LossFn | None = None,
 ) -> Tensor:
     """Run one batch forward and backward and feed the sink; return the losses per example (N,), detached.
 
     A layer used several times in the forward pass is handed over once, its uses joined as further positions. `index`
     names the batch in errors. With a `generator` the targets are drawn from the model's own predictive distribution.
+    A `measurement`, (outputs, targets) -> (N,) or (N,T), takes the place of the model's loss.
 
     Raises:
         ValueError: the loss is not per example, a layer's input does not have the example as its first dimension, the
@@ -91,6 +99,46 @@ def capture(
         FloatingPointError: a loss is not finite; names the batch and the examples.
         RuntimeError: a layer's input was changed in place after the layer ran.
     """
+    cache = model.cache if generator is None and measurement is None else None
+    if cache is not None:
+        known = cache.find(model.net, batch, index)
+        if known is not None:
+            for tokens in known.tokens:
+                sink(*tokens)
+            return known.losses
+        recorder = _Recorder(cache, batch, sink)
+        losses = _run(model, batch, recorder, index, generator, measurement)
+        if recorder.tokens is not None:
+            cache.keep(batch, index, recorder.tokens, losses)
+        return losses
+    return _run(model, batch, sink, index, generator, measurement)
+
+
+@dataclass
+class _Recorder:
+    """A sink that keeps what it hands on, until the cache has no room for it."""
+
+    cache: TokenCache
+    batch: Batch
+    sink: Sink
+    tokens: list[Tokens] | None = field(default_factory=list)
+
+    def __call__(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
+        self.sink(layer, a, delta, mask)
+        if self.tokens is not None:
+            self.tokens.append((layer, a, delta, mask))
+            if not self.cache.fits(self.tokens, self.batch):
+                self.tokens = None
+
+
+def _run(
+    model: InfluenceModel,
+    batch: Batch,
+    sink: Sink,
+    index: int,
+    generator: torch.Generator | None,
+    measurement: LossFn | None,
+) -> Tensor:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -105,7 +153,7 @@ def capture(
                 stack.callback(handle.remove)
         outputs = model.net(*batch.args, **batch.kwargs)
         targets = batch.targets if generator is None else model.draw_targets(outputs, batch.targets, generator)
-        losses = model.losses(outputs, batch, targets)
+        losses = model.losses(outputs, batch, targets, measurement)
         state.check()
         total = losses.sum()
         if not bool(total.isfinite()):

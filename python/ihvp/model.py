@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ihvp.batch import Batch, as_batch
+from ihvp.cache import TokenCache
 from ihvp.layers import LAYER_TYPES, LayerType
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -66,6 +67,9 @@ class InfluenceModel:
         sample_targets: (outputs, targets, generator) -> targets drawn from the model's own predictive distribution,
             for `fisher="sampled"`. None: softmax of the logits where the targets are integers.
         progress: a progress bar on passes over data; None: only on a terminal.
+        cache_bytes: memory for the tokens of captured batches. A fit and its scores pass over the training data three
+            times; batches whose tokens are kept run through the net once. They are known by their contents, so the
+            loader must not shuffle to gain by it. 0 keeps nothing. See `clear_cache`.
 
     Attributes:
         layers: tracked layers by name, in the order of the net; `nb_params` counts their parameters and `weights` has
@@ -87,6 +91,7 @@ class InfluenceModel:
         *,
         sample_targets: Callable[[Any, Any, torch.Generator], Any] | None = None,
         progress: bool | None = None,
+        cache_bytes: int = 0,
     ) -> None:
         if not isinstance(net, nn.Module):
             raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
@@ -100,7 +105,15 @@ class InfluenceModel:
         self.process_batch = process_batch
         self.sample_targets = sample_targets
         self.progress = progress
+        if isinstance(cache_bytes, bool) or not isinstance(cache_bytes, int) or cache_bytes < 0:
+            raise ValueError(f"cache_bytes must be a whole number >= 0, got {cache_bytes!r}")
+        self.cache = TokenCache(cache_bytes) if cache_bytes > 0 else None
         self.layers = _between(_tracked(net, layers), start_layer, last_layer)
+
+    def clear_cache(self) -> None:
+        """Forget kept tokens. Needed only after a change that autograd cannot see, as through `parameter.data`."""
+        if self.cache is not None:
+            self.cache.clear()
 
     @property
     def nb_params(self) -> int:
@@ -132,7 +145,7 @@ class InfluenceModel:
         except TypeError:  # an iterator, a DataLoader of a stream
             total = None
         disable = None if self.progress is None else not self.progress
-        for raw in tqdm(loader, desc=description, total=total, disable=disable, leave=False):
+        for raw in tqdm(iter(loader), desc=description, total=total, disable=disable, leave=False):
             seen = True
             yield raw, self.batch(raw)
         if not seen:
@@ -141,16 +154,19 @@ class InfluenceModel:
                 "iterated again, such as a DataLoader or a list, when a method makes several passes"
             )
 
-    def losses(self, outputs: Any, batch: Batch, targets: Any) -> Tensor:
-        """Losses per example (N,): weighted, masked, summed over positions."""
+    def losses(self, outputs: Any, batch: Batch, targets: Any, measurement: LossFn | None = None) -> Tensor:
+        """Losses per example (N,): weighted, masked, summed over positions. A `measurement` takes loss_fn's place."""
         N = batch.size
-        losses = self.loss_fn(outputs, targets)
+        function, who, what = (
+            (self.loss_fn, "loss_fn", "loss") if measurement is None else (measurement, "measurement", "value")
+        )
+        losses = function(outputs, targets)
         if not isinstance(losses, Tensor):
-            raise TypeError(f"loss_fn must return a tensor, got {type(losses).__name__}")
+            raise TypeError(f"{who} must return a tensor, got {type(losses).__name__}")
         if losses.dim() not in (1, 2) or losses.shape[0] != N:
             came = "a scalar" if losses.dim() == 0 else str(tuple(losses.shape))
             raise ValueError(
-                f"loss_fn must return one loss per example (N,) or per position (N,T) with N={N}, got {came}; "
+                f"{who} must return one {what} per example (N,) or per position (N,T) with N={N}, got {came}; "
                 'torch losses take reduction="none"'
             )
         losses = losses.to(torch.promote_types(losses.dtype, torch.float32))

@@ -1,5 +1,26 @@
-"""Calculators: what is asked of an IHVP object, one kind a file."""
+"""Calculators: what is asked of an IHVP object or of the net itself, one kind a file."""
 
-from ihvp.calculators.first_order import FirstOrderInfluenceCalculator, Order
+from ihvp.calculators.base import InfluenceCalculator, SelfInfluenceCalculator
+from ihvp.calculators.boundary import SampleBoundaryCalculator, WeightsBoundaryCalculator
+from ihvp.calculators.empirical_if import EmpiricalInfluence
+from ihvp.calculators.first_order import FirstOrderInfluenceCalculator
+from ihvp.calculators.representer_l2 import RepresenterPointL2
+from ihvp.calculators.representer_lje import RepresenterPointLJE
+from ihvp.calculators.second_order import GroupInfluence, SecondOrderInfluenceCalculator
+from ihvp.calculators.top_k import Order
+from ihvp.calculators.tracin import TracInCalculator
 
-__all__ = ["FirstOrderInfluenceCalculator", "Order"]
+__all__ = [
+    "EmpiricalInfluence",
+    "FirstOrderInfluenceCalculator",
+    "GroupInfluence",
+    "InfluenceCalculator",
+    "Order",
+    "RepresenterPointL2",
+    "RepresenterPointLJE",
+    "SampleBoundaryCalculator",
+    "SecondOrderInfluenceCalculator",
+    "SelfInfluenceCalculator",
+    "TracInCalculator",
+    "WeightsBoundaryCalculator",
+]

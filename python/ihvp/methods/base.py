@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -17,13 +18,16 @@ from torch import Tensor
 from ihvp import ops
 from ihvp.batch import Batch
 from ihvp.capture import capture
+from ihvp.methods.blocks import Block, BlockStructure, make_blocks
+from ihvp.methods.damping import Damping, check_damping
 from ihvp.methods.queries import DenseQueries, LayerQueries, Queries
-from ihvp.model import InfluenceModel, Layer
+from ihvp.model import InfluenceModel, Layer, LossFn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Vectors = dict[str, Tensor]
 """Layer name -> (Q,O,I'): Q vectors in the space of the tracked parameters."""
-
-Damping = float | str
 
 
 class IHVP(ABC):
@@ -35,18 +39,23 @@ class IHVP(ABC):
     Args:
         model: the InfluenceModel.
         hessian_loader: the data of the curvature; the constructor fits when it is given.
-        damping: a number >= 0, or "auto": 0.1 times the mean eigenvalue, of each layer where the curvature has layers.
+        damping: a number >= 0, or "auto": 0.1 times the mean eigenvalue of each block; or a mapping with one of them
+            for every block.
+
+    Attributes:
+        blocks: block name -> layer name -> columns of its (O,I'); the curvature is zero between blocks.
     """
 
-    defaults: ClassVar[dict[str, Any]] = {}
+    block_structure: BlockStructure = "full"
 
     def __init__(
         self, model: InfluenceModel, hessian_loader: Iterable[Any] | None = None, damping: Damping = 1e-3
     ) -> None:
         if not isinstance(model, InfluenceModel):
             raise TypeError(f"model must be an ihvp.InfluenceModel, got {type(model).__name__}")
-        check_damping(damping)
         self.model = model
+        self.blocks: dict[str, Block] = make_blocks(model, self.block_structure)
+        check_damping(damping, self.blocks)
         self.damping = damping
         if hessian_loader is not None:
             self.fit(hessian_loader)
@@ -92,18 +101,20 @@ class IHVP(ABC):
 
         Raises:
             RuntimeError: not fitted. ValueError: V does not fit the layers, or a damping is negative.
-            torch.linalg.LinAlgError: the damped curvature is singular.
+            torch.linalg.LinAlgError: the damped curvature is singular; the block is named.
         """
         self._check_fitted()
         self._check_vectors(V)
-        if damping is None or isinstance(damping, (int, float, str)):
+        if damping is None or isinstance(damping, (int, float, str, Mapping)):
             single = self.damping if damping is None else damping
-            check_damping(single)
+            check_damping(single, self.blocks)
             return self._solve(V, single)
         if not isinstance(damping, Sequence):
-            raise TypeError(f'damping must be a number, "auto" or a sequence of them, got {damping!r}')
+            raise TypeError(
+                f'damping must be a number, "auto", a mapping of blocks to them or a sequence of those, got {damping!r}'
+            )
         for value in damping:
-            check_damping(value)
+            check_damping(value, self.blocks)
         if not damping:
             return {name: v.new_empty(0, *v.shape) for name, v in V.items()}
         return self._solve_several(V, list(damping))
@@ -111,6 +122,13 @@ class IHVP(ABC):
     def _solve_several(self, V: Vectors, dampings: list[Damping]) -> Vectors:
         solutions = [self._solve(V, value) for value in dampings]
         return {name: torch.stack([solution[name] for solution in solutions]) for name in V}
+
+    def with_damping(self, damping: Damping) -> Self:
+        """The same fitted object with another damping; the two share what was fitted."""
+        check_damping(damping, self.blocks)
+        other = copy.copy(self)
+        other.damping = damping
+        return other
 
     def multiply(self, V: Vectors) -> Vectors:
         """F V, undamped. Shapes and errors as for `solve`."""
@@ -138,10 +156,13 @@ class IHVP(ABC):
         batches = enumerate(self.model.passes(loader, description))
         return concatenate([f(gradients(self.model, batch, index=i)) for i, (_, batch) in batches])
 
-    def queries(self, batch: Batch, *, index: int = 0) -> Queries:
-        """The batch's gradients, preconditioned with the object's damping, ready to score training data."""
+    def queries(self, batch: Batch, *, index: int = 0, measurement: LossFn | None = None) -> Queries:
+        """The batch's gradients, preconditioned with the object's damping, ready to score training data.
+
+        Gradients of the loss, or of a `measurement` (outputs, targets) -> (N,) or (N,T).
+        """
         self._check_fitted()
-        P = self._solve(gradients(self.model, batch, index=index), self.damping)
+        P = self._solve(gradients(self.model, batch, index=index, measurement=measurement), self.damping)
         return {name: DenseQueries(p) for name, p in P.items()}
 
     def quadratic(self, batch: Batch, power: int = 1, *, index: int = 0) -> Tensor:
@@ -198,20 +219,22 @@ class IHVP(ABC):
 class LayerwiseIHVP(IHVP):
     """An IHVP whose curvature is block diagonal by layer, so that each layer is solved as soon as it is captured."""
 
+    block_structure = "layer"
+
     def _solve(self, V: Vectors, damping: Damping) -> Vectors:
         return {name: self._solve_layer(name, v, damping) for name, v in V.items()}
 
     @abstractmethod
     def _solve_layer(self, name: str, V: Tensor, damping: Damping) -> Tensor: ...
 
-    def queries(self, batch: Batch, *, index: int = 0) -> Queries:
+    def queries(self, batch: Batch, *, index: int = 0, measurement: LossFn | None = None) -> Queries:
         self._check_fitted()
         found: Queries = {}
 
         def sink(layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
             found[layer.name] = self._queries_layer(layer, a, delta, mask)
 
-        capture(self.model, batch, sink, index=index)
+        capture(self.model, batch, sink, index=index, measurement=measurement)
         zeros = complete(self.model, dict.fromkeys(found, torch.empty(0)), batch.size)
         return {name: found[name] if name in found else DenseQueries(zeros[name]) for name in self.model.layers}
 
@@ -234,14 +257,14 @@ class LayerwiseIHVP(IHVP):
         """This layer's part of g_n^T (F + damping I)^-power g_n."""
 
 
-def gradients(model: InfluenceModel, batch: Batch, *, index: int = 0) -> Vectors:
-    """Per-example gradients of a batch: layer name -> (N,O,I')."""
+def gradients(model: InfluenceModel, batch: Batch, *, index: int = 0, measurement: LossFn | None = None) -> Vectors:
+    """Per-example gradients of a batch, of the loss or of a measurement: layer name -> (N,O,I')."""
     g: Vectors = {}
 
     def sink(layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
         g[layer.name] = ops.per_sample_gradient(a, delta, mask=mask, bias=layer.bias)
 
-    capture(model, batch, sink, index=index)
+    capture(model, batch, sink, index=index, measurement=measurement)
     return complete(model, g, batch.size)
 
 
@@ -260,34 +283,6 @@ def concatenate(parts: Sequence[Vectors]) -> Vectors:
     if len(parts) == 1:
         return parts[0]
     return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
-
-
-def check_damping(damping: Any) -> None:
-    if damping == "auto":
-        return
-    if isinstance(damping, bool) or not isinstance(damping, (int, float)):
-        raise TypeError(f'damping must be a number or "auto", got {damping!r}')
-    if not 0 <= damping < float("inf"):
-        raise ValueError(f"damping must be finite and not negative, got {damping}")
-
-
-def resolve_damping(damping: Damping, mean_eigenvalue: float) -> float:
-    """ "auto" is 0.1 times the mean eigenvalue."""
-    if not isinstance(damping, str):
-        return float(damping)
-    if mean_eigenvalue < 0:
-        raise torch.linalg.LinAlgError(f'damping="auto" needs a mean eigenvalue >= 0, got {mean_eigenvalue:.3g}')
-    return 0.1 * mean_eigenvalue
-
-
-def check_regular(where: str, smallest: float, largest: float, damping: float) -> None:
-    """Refuse to divide by eigenvalues that are zero to rounding."""
-    lowest = smallest + damping
-    if not lowest > (0.0 if damping > 0 else torch.finfo(torch.float32).eps * max(largest, 0.0)):
-        raise torch.linalg.LinAlgError(
-            f"{where}: the curvature with damping {damping:.3g} is singular: its eigenvalues go from {lowest:.3g} to "
-            f"{largest + damping:.3g}; a larger damping helps"
-        )
 
 
 def check_finite(layer: Layer, index: int, **values: Tensor) -> None:

@@ -10,17 +10,8 @@ from torch import Tensor
 
 from ihvp import ops
 from ihvp.capture import capture
-from ihvp.methods.base import (
-    Damping,
-    LayerwiseIHVP,
-    Vectors,
-    batches,
-    check_finite,
-    check_reached,
-    check_regular,
-    read_state,
-    resolve_damping,
-)
+from ihvp.methods.base import LayerwiseIHVP, Vectors, batches, check_finite, check_reached, read_state
+from ihvp.methods.damping import Damping, check_regular, resolve_damping
 from ihvp.methods.eigenbasis import eigenbasis_quadratic
 from ihvp.methods.kronecker import check_fisher, target_generator
 from ihvp.model import InfluenceModel, Layer
@@ -92,7 +83,7 @@ class DiagonalIHVP(LayerwiseIHVP):
 
     def _regular(self, name: str, damping: Damping) -> tuple[Tensor, float]:
         diagonal = (self._sums[name] / self._examples).to(self.model.dtype)
-        value = resolve_damping(damping, float(diagonal.mean()))
+        value = resolve_damping(damping, name, float(diagonal.mean()))
         check_regular(f"layer {name!r}", float(diagonal.min()), float(diagonal.max()), value)
         return diagonal, value
 

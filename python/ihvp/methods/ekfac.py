@@ -10,16 +10,8 @@ from torch import Tensor
 
 from ihvp import ops
 from ihvp.capture import capture
-from ihvp.methods.base import (
-    Damping,
-    Vectors,
-    batches,
-    check_finite,
-    check_reached,
-    check_regular,
-    read_state,
-    resolve_damping,
-)
+from ihvp.methods.base import Vectors, batches, check_finite, check_reached, read_state
+from ihvp.methods.damping import Damping, check_regular, resolve_damping
 from ihvp.methods.eigenbasis import eigenbasis_quadratic, eigenbasis_queries
 from ihvp.methods.kronecker import (
     CovarianceSums,
@@ -121,7 +113,7 @@ class EKFACIHVP(KroneckerIHVP):
     def _regular(self, name: str, damping: Damping) -> tuple[Eigen, Tensor, float]:
         """The layer's basis, Lambda and damping, after the check that Lambda + damping can be divided by."""
         Lambda = self._Lambda[name]
-        value = resolve_damping(damping, float(Lambda.mean()))
+        value = resolve_damping(damping, name, float(Lambda.mean()))
         check_regular(f"layer {name!r}", float(Lambda.min()), float(Lambda.max()), value)
         return self._eigen[name], Lambda, value
 

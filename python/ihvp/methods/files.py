@@ -9,17 +9,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ihvp.methods.base import IHVP
-from ihvp.methods.diagonal import DiagonalIHVP
-from ihvp.methods.ekfac import EKFACIHVP
-from ihvp.methods.exact import ExactIHVP
-from ihvp.methods.fisher import FisherIHVP
-from ihvp.methods.identity import IdentityIHVP
-from ihvp.methods.kfac import KFACIHVP
+from ihvp.methods.factory import METHODS
 from ihvp.model import InfluenceModel
 
-METHODS: dict[str, type[IHVP]] = {
-    method.__name__: method for method in (DiagonalIHVP, EKFACIHVP, ExactIHVP, FisherIHVP, IdentityIHVP, KFACIHVP)
-}
+CLASSES: dict[str, type[IHVP]] = {method.__name__: method for method in METHODS.values()}
 
 
 def load(path: str | os.PathLike[str], model: InfluenceModel) -> IHVP:
@@ -39,12 +32,12 @@ def load(path: str | os.PathLike[str], model: InfluenceModel) -> IHVP:
             state = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{os.fspath(path)!r} is not a safetensors file: {error}") from None
-    if metadata.get("ihvp") != "1" or metadata.get("method") not in METHODS:
+    if metadata.get("ihvp") != "1" or metadata.get("method") not in CLASSES:
         raise ValueError(f"{os.fspath(path)!r} is not a file that an IHVP object of this version saved")
     saved: dict[str, Any] = {name: tuple(shape) for name, shape in json.loads(metadata["layers"]).items()}
     own = {name: layer.shape for name, layer in model.layers.items()}
     if saved != own:
         raise ValueError(f"{os.fspath(path)!r} is of another model: it has layers (O,I') {saved}, this model {own}")
-    result = METHODS[metadata["method"]](model, **json.loads(metadata["config"]))
+    result = CLASSES[metadata["method"]](model, **json.loads(metadata["config"]))
     result.load_state_dict(state)
     return result

@@ -9,18 +9,28 @@ import torch
 from torch import Tensor
 
 from ihvp import ops
-from ihvp.capture import capture
-from ihvp.methods.base import IHVP, Damping, Vectors, batches, check_reached, resolve_damping
-from ihvp.methods.full import flatten, unflatten
+from ihvp.methods.base import read_state
+from ihvp.methods.blocks import BlockStructure, apart
+from ihvp.methods.damping import Damping
+from ihvp.methods.full import FlatIHVP
 from ihvp.methods.kronecker import check_fisher, target_generator
-from ihvp.methods.queries import masked, written_out
-from ihvp.model import InfluenceModel, Layer
+from ihvp.methods.tokens import (
+    Tokens,
+    gradient_dots,
+    gradient_sums,
+    join,
+    kernel,
+    read_tokens,
+    rows,
+    token_batches,
+    tokens_state,
+    wide,
+    within,
+)
+from ihvp.model import InfluenceModel
 
-Tokens = dict[str, tuple[Tensor, Tensor]]
-"""Layer name -> x (N,T,I') with the bias feature written out, d (N,T,O), both zero where masked."""
 
-
-class FisherIHVP(IHVP):
+class FisherIHVP(FlatIHVP):
     """The Fisher matrix itself, all layers and their interactions. Passes over data: one.
 
     While there are fewer examples than parameters p, the examples' tokens are kept and systems are solved by the
@@ -29,8 +39,10 @@ class FisherIHVP(IHVP):
     Woodbury's subtraction loses digits at tiny dampings (1e-9 relative at 1e-7 of the largest eigenvalue).
 
     Args:
-        damping: a number >= 0, or "auto": 0.1 times the mean eigenvalue of F.
+        damping: a number >= 0, or "auto": 0.1 times the mean eigenvalue of F; or one of them for each block.
         fisher: "empirical" takes the data's own targets, "sampled" draws them from the model (seeded by `seed`).
+        block_structure: "full", "layer", "parameter" or a mapping of block names to layers and parameters; p is then
+            the size of a block.
 
     Source: Koh and Liang 2017 (arXiv:1703.04730) with the Fisher of Martens 2020 (arXiv:1412.1193), section 9.
     """
@@ -42,168 +54,128 @@ class FisherIHVP(IHVP):
         damping: Damping = 1e-3,
         fisher: str = "empirical",
         *,
+        block_structure: BlockStructure = "full",
         seed: int = 0,
     ) -> None:
         check_fisher(fisher)
         self.fisher = fisher
         self.seed = seed
         self._examples = 0
-        self._sum: Tensor | None = None  # sum_n g_n g_n^T (p,p), or
-        self._tokens: Tokens = {}  # the examples, and
-        self._kernel: Tensor | None = None  # K (N,N)
-        self._factors: dict[float, Tensor] = {}
-        super().__init__(model, hessian_loader, damping)
+        self._sums: dict[str, Tensor] = {}  # sum_n g_n g_n^T (p_b,p_b) of the blocks with p_b <= N, and
+        self._kernels: dict[str, Tensor] = {}  # K (N,N) of the others, and
+        self._tokens: Tokens = {}  # the examples, unless N reaches every p_b
+        self._factors: dict[tuple[str, float], Tensor] = {}
+        super().__init__(model, hessian_loader, damping, block_structure)
 
     def _config(self) -> dict[str, Any]:
-        return {"damping": self.damping, "fisher": self.fisher, "seed": self.seed}
+        return super()._config() | {"fisher": self.fisher, "seed": self.seed}
 
     @property
     def is_fitted(self) -> bool:
         return self._examples > 0
 
     def fit(self, loader: Iterable[Any]) -> FisherIHVP:
-        model = self.model
-        generator = target_generator(self.fisher, self.seed)
+        largest = max(self._block_size(block) for block in self.blocks)
         kept: list[Tokens] = []
-        total: Tensor | None = None
+        sums: dict[str, Tensor] = {}
         examples = 0
-        reached: set[str] = set()
-        for index, batch in batches(model, loader, "Fisher"):
-            own: Tokens = {}
-
-            def sink(layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None, own: Tokens = own) -> None:
-                own[layer.name] = (masked(written_out(layer, a), mask), masked(delta, mask))
-
-            capture(model, batch, sink, index=index, generator=generator)
-            reached |= set(own)
-            for name, layer in model.layers.items():
-                if name not in own:
-                    O, I = layer.shape
-                    zeros = torch.zeros(batch.size, 1, O + I, dtype=model.dtype, device=model.device)
-                    own[name] = (zeros[..., :I], zeros[..., I:])
-            kept.append({name: own[name] for name in model.layers})
-            examples += batch.size
-            if examples >= model.nb_params:
-                if total is None:
-                    total = torch.zeros(model.nb_params, model.nb_params, dtype=torch.float64, device=model.device)
+        generator = target_generator(self.fisher, self.seed)
+        for tokens in token_batches(self.model, loader, "Fisher", generator):
+            kept.append(tokens)
+            examples += len(next(iter(tokens.values()))[0])
+            if examples >= largest:
+                sums = sums or {block: self._zeros(block) for block in self.blocks}
                 while kept:
-                    g = flatten({name: ops.per_sample_gradient(x, d) for name, (x, d) in kept.pop().items()})
-                    total += g.T @ g
-        check_reached(model, reached)
-        self._take(examples, total, _joined(kept) if kept else {})
+                    self._add(sums, kept.pop())
+        self._take(examples, sums, join(kept) if kept else {})
         return self
 
-    def _take(self, examples: int, total: Tensor | None, tokens: Tokens) -> None:
-        kernel = None
+    def _zeros(self, block: str) -> Tensor:
+        p = self._block_size(block)
+        return torch.zeros(p, p, dtype=torch.float64, device=self.model.device)
+
+    def _add(self, sums: dict[str, Tensor], tokens: Tokens) -> None:
+        for block, total in sums.items():
+            ops.covariance_update_(total, rows(wide(within(tokens, self.blocks[block]))))
+
+    def _take(self, examples: int, sums: dict[str, Tensor], tokens: Tokens) -> None:
+        kernels = {}
         if tokens:
-            wide = {name: (x.double(), d.double()) for name, (x, d) in tokens.items()}
-            kernel = torch.stack([ops.ghost_dot(x, d, x, d) for x, d in wide.values()]).sum(0)
-        self._examples, self._sum, self._tokens, self._kernel, self._factors = examples, total, tokens, kernel, {}
+            sums = {block: self._zeros(block) for block in self.blocks if self._block_size(block) <= examples}
+            self._add(sums, tokens)
+            others = [block for block in self.blocks if block not in sums]
+            kernels = {block: kernel(wide(within(tokens, self.blocks[block]))) for block in others}
+        self._examples, self._sums, self._tokens, self._kernels, self._factors = examples, sums, tokens, kernels, {}
 
-    def _damping(self, damping: Damping) -> float:
-        trace = self._sum if self._sum is not None else self._kernel
-        assert trace is not None
-        return resolve_damping(damping, float(trace.trace()) / self._examples / self.model.nb_params)
+    def _mean_eigenvalue(self, block: str) -> float:
+        own = self._sums[block] if block in self._sums else self._kernels[block]
+        return float(own.trace()) / self._examples / self._block_size(block)
 
-    def _factor(self, damping: float) -> Tensor:
+    def _factor(self, block: str, damping: float) -> Tensor:
         """Cholesky factor of F + damping I, or of K + N damping I."""
-        if damping not in self._factors:
-            if self._sum is not None:
-                matrix = self._sum / self._examples
+        key = (block, damping)
+        if key not in self._factors:
+            if block in self._sums:
+                matrix = self._sums[block] / self._examples
                 matrix.diagonal().add_(damping)
             else:
-                assert self._kernel is not None
                 if damping == 0:
                     raise torch.linalg.LinAlgError(
-                        f"the Fisher matrix of {self._examples} examples and {self.model.nb_params} parameters is "
-                        "singular; it needs a positive damping"
+                        f"block {block!r}: the Fisher matrix of {self._examples} examples and "
+                        f"{self._block_size(block)} parameters is singular, its smallest eigenvalue is 0; it needs a "
+                        "positive damping"
                     )
-                matrix = self._kernel.clone()
+                matrix = self._kernels[block].clone()
                 matrix.diagonal().add_(damping * self._examples)
             L, info = torch.linalg.cholesky_ex(matrix)
-            smallest = float(L.diagonal().min()) ** 2
-            if int(info) or not smallest > len(matrix) * torch.finfo(torch.float64).eps * float(
-                matrix.diagonal().max()
-            ):
+            pivot = float(L.diagonal().min()) ** 2
+            if int(info) or not pivot > len(matrix) * torch.finfo(torch.float64).eps * float(matrix.diagonal().max()):
+                smallest = float(torch.linalg.eigvalsh(matrix)[0])
                 raise torch.linalg.LinAlgError(
-                    f"the Fisher matrix with damping {damping:.3g} is singular: its smallest pivot is {smallest:.3g}; "
-                    "a larger damping helps"
+                    f"block {block!r}: the Fisher matrix with damping {damping:.3g} is singular: its smallest "
+                    f"eigenvalue is {smallest:.3g}; a larger damping helps"
                 )
-            if len(self._factors) >= 4:  # of a few dampings at a time
+            if len(self._factors) >= 4 * len(self.blocks):  # of a few dampings at a time
                 self._factors.clear()
-            self._factors[damping] = L
-        return self._factors[damping]
+            self._factors[key] = L
+        return self._factors[key]
 
-    def _solve(self, V: Vectors, damping: Damping) -> Vectors:
-        value = self._damping(damping)
-        L = self._factor(value)
-        if self._sum is not None:
-            solution = torch.cholesky_solve(flatten(V).T, L).T
-            return unflatten(self.model, solution, self.model.dtype)
-        coefficients = torch.cholesky_solve(self._gradient_dots(V).T, L).T
-        correction = self._gradient_sum(coefficients)
-        return {name: ((v.double() - correction[name]) / value).to(self.model.dtype) for name, v in V.items()}
+    def _solve_block(self, block: str, v: Tensor, dampings: list[float]) -> Tensor:
+        if block in self._sums:
+            return torch.stack([torch.cholesky_solve(v.T, self._factor(block, value)).T for value in dampings])
+        tokens = wide(within(self._tokens, self.blocks[block]))
+        dots = gradient_dots(tokens, apart(self.model, self.blocks[block], v))
+        solutions = []
+        for value in dampings:
+            coefficients = torch.cholesky_solve(dots.T, self._factor(block, value)).T
+            solutions.append((v - gradient_sums(tokens, coefficients)) / value)
+        return torch.stack(solutions)
 
-    def _multiply(self, V: Vectors) -> Vectors:
-        if self._sum is not None:
-            return unflatten(self.model, flatten(V) @ self._sum / self._examples, self.model.dtype)
-        product = self._gradient_sum(self._gradient_dots(V) / self._examples)
-        return {name: product[name].to(self.model.dtype) for name in V}
-
-    def _gradient_dots(self, V: Vectors) -> Tensor:
-        """G v, (Q,N)."""
-        dots = [ops.gradient_dot(V[name].double(), x.double(), d.double()) for name, (x, d) in self._tokens.items()]
-        return torch.stack(dots).sum(0)
-
-    def _gradient_sum(self, c: Tensor) -> Vectors:
-        """G^T c = sum_n c[q,n] g_n for c (Q,N), one query at a time: delta^T diag(c) a."""
-        result = {}
-        for name, (x, d) in self._tokens.items():
-            rows_x, wide_d = x.double().flatten(0, 1), d.double()
-            sums = [(wide_d * weights.view(-1, 1, 1)).flatten(0, 1).T @ rows_x for weights in c]
-            result[name] = torch.stack(sums) if sums else rows_x.new_zeros(0, d.shape[2], x.shape[2])
-        return result
+    def _multiply_block(self, block: str, v: Tensor) -> Tensor:
+        if block in self._sums:
+            return v @ self._sums[block] / self._examples
+        tokens = wide(within(self._tokens, self.blocks[block]))
+        return gradient_sums(tokens, gradient_dots(tokens, apart(self.model, self.blocks[block], v)) / self._examples)
 
     def state_dict(self) -> dict[str, Tensor]:
         self._check_fitted()
         state = {"examples": torch.tensor(self._examples)}
-        if self._sum is not None:
-            return state | {"sum": self._sum}
-        for name, (x, d) in self._tokens.items():
-            state |= {f"{name}/x": x, f"{name}/d": d}
-        return state
+        if not self._tokens:
+            return state | {f"{block}/sum": total for block, total in self._sums.items()}
+        return state | tokens_state(self._tokens)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        model = self.model
         if "examples" not in state or state["examples"].numel() != 1:
             raise ValueError("FisherIHVP: the state has no 'examples'; it is of another method")
-        N = int(state["examples"])
-        keys = (
-            {"examples", "sum"} if "sum" in state else {"examples", *(f"{n}/{k}" for n in model.layers for k in "xd")}
-        )
-        shapes = {key: tuple(state[key].shape) for key in state}
-        fits = keys == set(state)
-        if fits and "sum" in state:
-            fits = shapes["sum"] == (model.nb_params, model.nb_params)
-        elif fits:
-            for name, layer in model.layers.items():
-                x, d = shapes[f"{name}/x"], shapes[f"{name}/d"]
-                fits = fits and len(x) == len(d) == 3 and x[:2] == d[:2] and (d[2], x[2]) == layer.shape and x[0] == N
-        if not fits:
-            expected = {name: layer.shape for name, layer in model.layers.items()}
-            raise ValueError(
-                f"FisherIHVP: the state is of another model; expected layers (O,I') {expected}, got {shapes}"
-            )
-        own = {key: x.to(model.device, copy=True) for key, x in state.items()}
-        tokens = {} if "sum" in own else {name: (own[f"{name}/x"], own[f"{name}/d"]) for name in model.layers}
-        self._take(N, own.get("sum"), tokens)
-
-
-def _joined(kept: list[Tokens]) -> Tokens:
-    """All batches as one, shorter ones padded with zero positions."""
-    result = {}
-    for name in kept[0]:
-        longest = max(part[name][0].shape[1] for part in kept)
-        pad = [tuple(torch.nn.functional.pad(x, (0, 0, 0, longest - x.shape[1])) for x in part[name]) for part in kept]
-        result[name] = (torch.cat([x for x, _ in pad]), torch.cat([d for _, d in pad]))
-    return result
+        examples = int(state["examples"])
+        others = {key: x for key, x in state.items() if key != "examples"}
+        shapes = {f"{block}/sum": (self._block_size(block),) * 2 for block in self.blocks}
+        if set(others) & set(shapes):
+            own = read_state(others, shapes, "FisherIHVP")
+            self._take(examples, {block: own[f"{block}/sum"].to(self.model.device) for block in self.blocks}, {})
+            return
+        tokens = read_tokens(self.model, others, "FisherIHVP")
+        kept = len(next(iter(tokens.values()))[0])
+        if kept != examples:
+            raise ValueError(f"FisherIHVP: the state must have the tokens of {examples} examples, got {kept}")
+        self._take(examples, {}, tokens)

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ihvp import ops
-from ihvp.methods.base import Damping, LayerwiseIHVP, Vectors, read_state, resolve_damping
+from ihvp.methods.base import LayerwiseIHVP, Vectors, read_state
+from ihvp.methods.damping import Damping, resolve_damping
 from ihvp.methods.queries import LayerQueries, TokenQueries, masked, written_out
 from ihvp.model import InfluenceModel, Layer
 
@@ -32,20 +33,22 @@ class IdentityIHVP(LayerwiseIHVP):
         """Nothing to sum; the loader is not read."""
         return self
 
-    def _scale(self, damping: Damping) -> float:
-        return 1 / (1 + resolve_damping(damping, 1.0))
+    def _scale(self, name: str, damping: Damping) -> float:
+        return 1 / (1 + resolve_damping(damping, name, 1.0))
 
     def _solve_layer(self, name: str, V: Tensor, damping: Damping) -> Tensor:
-        return V * self._scale(damping)
+        return V * self._scale(name, damping)
 
     def _multiply(self, V: Vectors) -> Vectors:
         return dict(V)
 
     def _queries_layer(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> LayerQueries:
-        return TokenQueries(masked(written_out(layer, a), mask), masked(delta, mask) * self._scale(self.damping))
+        return TokenQueries(
+            masked(written_out(layer, a), mask), masked(delta, mask) * self._scale(layer.name, self.damping)
+        )
 
     def _quadratic_layer(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None, power: int) -> Tensor:
-        return ops.ghost_norm(a, delta, mask=mask, bias=layer.bias) * self._scale(self.damping) ** power
+        return ops.ghost_norm(a, delta, mask=mask, bias=layer.bias) * self._scale(layer.name, self.damping) ** power
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ihvp import ops
-from ihvp.methods.base import Damping, Vectors, check_regular, read_state, resolve_damping
+from ihvp.methods.base import Vectors, read_state
+from ihvp.methods.damping import Damping, check_regular, resolve_damping
 from ihvp.methods.eigenbasis import eigenbasis_quadratic, eigenbasis_queries
 from ihvp.methods.kronecker import (
     CovarianceSums,
@@ -84,11 +85,15 @@ class KFACIHVP(KroneckerIHVP):
     @property
     def evals(self) -> dict[str, Tensor]:
         self._check_fitted()
-        return {name: torch.outer(own.values_G, own.values_A).to(self.model.dtype) for name, own in self._eigen.items()}
+        return {name: self._eigenvalues(name) for name in self._eigen}
+
+    def _eigenvalues(self, name: str) -> Tensor:
+        own = self._eigen[name]
+        return torch.outer(own.values_G, own.values_A).to(self.model.dtype)
 
     def _damping(self, name: str, damping: Damping) -> float:
         own = self._eigen[name]
-        return resolve_damping(damping, float(own.values_G.mean() * own.values_A.mean()))
+        return resolve_damping(damping, name, float(own.values_G.mean() * own.values_A.mean()))
 
     def _solve_layer(self, name: str, V: Tensor, damping: Damping) -> Tensor:
         value = self._damping(name, damping)
@@ -100,7 +105,7 @@ class KFACIHVP(KroneckerIHVP):
 
     def _regular(self, name: str, damping: float) -> Tensor:
         """Lambda, after the check that Lambda + damping can be divided by."""
-        Lambda = self.evals[name]
+        Lambda = self._eigenvalues(name)
         check_regular(f"layer {name!r}", float(Lambda.min()), float(Lambda.max()), damping)
         return Lambda
 

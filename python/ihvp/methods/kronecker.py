@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ihvp import ops
 from ihvp.capture import capture
-from ihvp.methods.base import Damping, LayerwiseIHVP, batches, check_finite, check_reached
+from ihvp.methods.base import LayerwiseIHVP, batches, check_finite, check_reached
+from ihvp.methods.damping import Damping
 from ihvp.model import InfluenceModel, Layer
 
 FISHERS = ("empirical", "sampled")

@@ -18,7 +18,7 @@ from ihvp.ops._arguments import (
     read_tokens,
 )
 from ihvp.ops._gpu import cuda, triton
-from ihvp.ops._registry import Candidate, Op
+from ihvp.ops._registry import Candidate, Op, packing, short
 
 
 def ekfac_diagonal_update_(
@@ -88,11 +88,22 @@ def candidates(
     chunk = max(T, min(M, 1024))
     basis = O * O + I * I if U_A is not None else 0
     read = item * (M * (O + I) + p)
-    project = Candidate("project_first", 2 * M * (basis + p), read + item * basis, item * (chunk * (O + I) + basis))
+    once = packing(basis + M * (O + I))
+    project = Candidate(
+        "project_first",
+        2 * M * (basis + p),
+        read + item * basis,
+        item * (chunk * (O + I) + basis),
+        once + (short(2 * M * p, T) if T > 1 else 0),
+    )
     if U_A is None or T == 1:
         return [project]
     gradient = Candidate(
-        "gradient_first", 2 * M * p + 2 * N * p * (O + I), read + 4 * item * N * p, item * (2 * p + basis)
+        "gradient_first",
+        2 * M * p + 2 * N * p * (O + I),
+        read + item * basis,
+        item * (2 * p + basis),
+        once + short(2 * M * p, T) + short(2 * N * p * (O + I), min(O, I)),
     )
     return [project, gradient]
 

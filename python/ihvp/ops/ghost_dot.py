@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
+from ihvp import _native
 from ihvp.ops._arguments import (
     check_flag,
     check_pair,
     check_tensors,
     compute_dtype,
+    features,
     read_tokens,
 )
 from ihvp.ops._gpu import triton
-from ihvp.ops._registry import Op
+from ihvp.ops._registry import Candidate, Op, packing, padded, short
+from ihvp.ops.gradient_dot import cheapest as gradient_dot_best
+from ihvp.ops.gradient_dot import native as gradient_dot
+from ihvp.ops.per_sample_gradient import native as per_sample_gradient
 
 
 def ghost_dot(
@@ -86,9 +94,77 @@ def fake(
     return a1.new_empty(a1.shape[0], a2.shape[0], dtype=compute_dtype(a1, delta1, a2, delta2))
 
 
+def candidates(
+    a1: Tensor,
+    delta1: Tensor,
+    a2: Tensor,
+    delta2: Tensor,
+    mask1: Tensor | None,
+    mask2: Tensor | None,
+    bias: bool,
+) -> Sequence[Candidate]:
+    (M, T1, _), (N, T2, _) = a1.shape, a2.shape
+    I, O = features(a1, bias), delta1.shape[2]
+    item = 8 if compute_dtype(a1, delta1, a2, delta2) == torch.float64 else 4
+    p, tokens = O * I, item * (M * T1 + N * T2) * (O + I)
+    pairs = padded(M * T1, 8) * padded(N * T2, 16)
+    step = _block(M, p)
+    shape_only = a1.new_empty(()).expand(step, O, I)
+    dots = gradient_dot_best(shape_only, a2, delta2, mask2, bias, False)
+    blocks = max(1, M // step)
+    overhead = ghost_overhead(pairs, T2, tokens / item)
+    return [
+        Candidate("ghost", 2 * pairs * (O + I), tokens, item * 1024 * (O + I), overhead),
+        Candidate(
+            "gradient_first",
+            2 * M * T1 * p + blocks * dots.flops,
+            item * M * p + blocks * dots.bytes,
+            item * step * p + dots.workspace,
+            packing(M * T1 * (O + I) + 2 * M * p) + short(2 * M * T1 * p, T1) + blocks * dots.overhead,
+        ),
+    ]
+
+
+def ghost_overhead(pairs: float, T2: int, numbers: float) -> float:
+    """Of the native kernel: packing, and sums over positions that stand beside each other in a tile."""
+    return packing(numbers) + (80 if T2 > 1 else 10) * pairs
+
+
+def _block(M: int, p: int) -> int:
+    """Gradients of the first set held at a time: 16 million numbers."""
+    return max(1, min(M, 2**24 // max(p, 1)))
+
+
+def native(
+    a1: Tensor,
+    delta1: Tensor,
+    a2: Tensor,
+    delta2: Tensor,
+    mask1: Tensor | None,
+    mask2: Tensor | None,
+    bias: bool,
+) -> Tensor:
+    out = fake(a1, delta1, a2, delta2, mask1, mask2, bias)
+    I, O = features(a1, bias), delta1.shape[2]
+    if a1.shape[1] * a2.shape[1] * I * O == 0:
+        return out.zero_()
+    threads = torch.get_num_threads()
+    if _op.best(a1, delta1, a2, delta2, mask1, mask2, bias) == "ghost":
+        _native.ghost_dot(out, a1, delta1, a2, delta2, mask1, mask2, bias, bias, False, threads)
+        return out
+    step = _block(a1.shape[0], I * O)
+    for first in range(0, a1.shape[0], step):
+        some = slice(first, first + step)
+        mask = None if mask1 is None else mask1[some]
+        P = per_sample_gradient(a1[some].to(out.dtype), delta1[some], mask, bias)  # as wide as the result
+        out[some] = gradient_dot(P, a2, delta2, mask2, bias, False)
+    return out
+
+
 _op = Op(
     "ghost_dot",
     "(Tensor a1, Tensor delta1, Tensor a2, Tensor delta2, Tensor? mask1, Tensor? mask2, bool bias) -> Tensor",
-    {"reference": reference, "triton": triton("ghost_dot")},
+    {"reference": reference, "native": native, "triton": triton("ghost_dot")},
     fake=fake,
+    candidates=candidates,
 )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from ihvp.ops._arguments import check_flag, check_pair, check_tensors, compute_dtype, read_tokens
+from ihvp import _native
+from ihvp.ops._arguments import check_flag, check_pair, check_tensors, compute_dtype, features, read_tokens
 from ihvp.ops._gpu import triton
-from ihvp.ops._registry import Op
+from ihvp.ops._registry import Candidate, Op, packing, padded, short
 
 
 def ghost_norm(a: Tensor, delta: Tensor, *, mask: Tensor | None = None, bias: bool = False) -> Tensor:
@@ -41,9 +45,45 @@ def reference(a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool) -> Tens
     return ((x @ x.mT) * (d @ d.mT)).sum((1, 2))
 
 
+def fake(a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool) -> Tensor:
+    return a.new_empty(a.shape[0], dtype=compute_dtype(a, delta))
+
+
+def candidates(a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool) -> Sequence[Candidate]:
+    N, T, _ = a.shape
+    I, O = features(a, bias), delta.shape[2]
+    item = 8 if compute_dtype(a, delta) == torch.float64 else 4
+    tokens, p = item * N * T * (O + I), O * I
+    pairs = N * (padded(T, 8) * padded(T, 16) if T <= 48 else T * (T + 48) / 2) if T > 1 else N
+    return [
+        Candidate("ghost", 2 * pairs * (O + I), tokens, 2 * item * min(T, 192) * (O + I), packing(N * T * (O + I))),
+        Candidate(
+            "gradient_first",
+            2 * N * T * p,
+            tokens + item * p,
+            item * (1024 * (O + I) + p),
+            packing(N * T * (O + I) + p) + short(2 * N * T * p, T),
+        ),
+    ]
+
+
+def native(a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool) -> Tensor:
+    out = fake(a, delta, mask, bias)
+    I, O = features(a, bias), delta.shape[2]
+    if a.shape[1] * I * O == 0:
+        return out.zero_()
+    if _op.best(a, delta, mask, bias) == "ghost":
+        _native.ghost_norm(out, a, delta, mask, bias, torch.get_num_threads())
+    else:  # the self-influence under the identity
+        ones = out.new_ones(()).expand(O, I)
+        _native.ekfac_self_influence(out, a, delta, None, None, ones, 0.0, mask, bias, torch.get_num_threads())
+    return out
+
+
 _op = Op(
     "ghost_norm",
     "(Tensor a, Tensor delta, Tensor? mask, bool bias) -> Tensor",
-    {"reference": reference, "triton": triton("ghost_norm")},
-    fake=lambda a, delta, mask, bias: a.new_empty(a.shape[0], dtype=compute_dtype(a, delta)),
+    {"reference": reference, "native": native, "triton": triton("ghost_norm")},
+    fake=fake,
+    candidates=candidates,
 )

@@ -19,7 +19,7 @@ from ihvp.ops._arguments import (
     shape_of,
 )
 from ihvp.ops._gpu import triton
-from ihvp.ops._registry import Candidate, Op
+from ihvp.ops._registry import Candidate, Op, packing, padded, short
 
 
 def gradient_dot(
@@ -83,19 +83,41 @@ def candidates(
     Q, O, I = P.shape
     item = 8 if compute_dtype(P, a, delta) == torch.float64 else 4
     p, M = O * I, N * T
-    chunk = max(T, min(M, 2048), 1)
     tokens = item * M * (O + I)
+    chunk = max(T, min(M, 2048), 1)
+    passes = max(1, M // chunk)
+    rows = padded(N * T, 8)
     query = Candidate(
-        "query_first", 2 * Q * M * p, item * Q * p * max(1, M // chunk) + tokens, item * chunk * (O + I + Q)
+        "query_first",
+        2 * Q * rows * p,
+        item * Q * p * passes + tokens,
+        item * (chunk * (O + I + Q) + O * 192),
+        packing(Q * p * passes + M * (O + I)) + short(2 * Q * rows * p, O),
     )
-    if per_token or T == 1:
+    if per_token:
         return [query]
-    passes = max(1, N // max(1, min(64, chunk // max(T, 1))))
-    # A block of g is stored and read back once: the dots run at about half the rate of a plain product.
+    examples = max(1, min(N, 30))
+    passes = max(1, N // examples)
+    whole = padded(O, 8) * padded(I, 16)
+    products, dots = 2 * M * whole, 2 * padded(Q, 4) * padded(N, 6) * O * padded(I, 16)
+    # Columns that do not fill tiles are copied: tokens for every block, and the queries' rows.
+    copies = Q * p * passes * (I % 16 != 0)
+    copies += M * (O * (I // 192 + 1) * (O % 8 != 0) + I * (O // 192 + 1) * (I % 48 != 0))
     gradient = Candidate(
-        "gradient_first", 2 * M * p + 4 * Q * N * p, item * Q * p * passes + tokens, item * chunk * (O + I)
+        "gradient_first",
+        products + dots,
+        item * Q * p * passes + tokens,
+        item * 192 * 192 * examples,
+        packing(copies) + short(products, T) + short(dots, 48) + 256 * Q * N,
     )
     return [query, gradient]
+
+
+def cheapest(P: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool, per_token: bool) -> Candidate:
+    """For ops that end in this one; only the shape of P counts."""
+    threads = torch.get_num_threads()
+    wide = compute_dtype(P, a, delta) == torch.float64
+    return min(candidates(P, a, delta, mask, bias, per_token), key=lambda one: one.seconds(wide, threads))
 
 
 def native(P: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool, per_token: bool) -> Tensor:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
+from ihvp import _native
 from ihvp.ops._arguments import (
     check_flag,
     check_pair,
@@ -15,7 +19,11 @@ from ihvp.ops._arguments import (
     shape_of,
 )
 from ihvp.ops._gpu import triton
-from ihvp.ops._registry import Op
+from ihvp.ops._registry import Candidate, Op, packing, padded, short
+from ihvp.ops.ghost_dot import ghost_overhead
+from ihvp.ops.gradient_dot import cheapest as gradient_dot_best
+from ihvp.ops.gradient_dot import native as gradient_dot
+from ihvp.ops.per_sample_gradient import native as per_sample_gradient
 
 
 def gradient_dot_low_rank(
@@ -78,9 +86,47 @@ def fake(L: Tensor, R: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bi
     return L.new_empty(shape, dtype=compute_dtype(L, R, a, delta))
 
 
+def candidates(
+    L: Tensor, R: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool, per_token: bool
+) -> Sequence[Candidate]:
+    (Q, O, r), I = L.shape, R.shape[2]
+    N, T, _ = a.shape
+    item = 8 if compute_dtype(L, R, a, delta) == torch.float64 else 4
+    tokens = item * N * T * (O + I)
+    pairs = padded(Q * r, 8) * padded(N * T, 16)
+    overhead = ghost_overhead(pairs, 1 if per_token else T, tokens / item)
+    low = Candidate("low_rank", 2 * pairs * (O + I), tokens, item * 1024 * (O + I), overhead)
+    if Q * O * I > 2**26:  # P would take more than its worth of memory
+        return [low]
+    P = item * Q * O * I
+    shape_only = L.new_empty(()).expand(Q, O, I)
+    dots = gradient_dot_best(shape_only, a, delta, mask, bias, per_token)
+    dense = Candidate(
+        "dense",
+        2 * Q * r * O * I + dots.flops,
+        2 * P + dots.bytes,
+        P + dots.workspace,
+        packing(2 * Q * O * I) + short(2 * Q * r * O * I, r) + dots.overhead,
+    )
+    return [low, dense]
+
+
+def native(L: Tensor, R: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool, per_token: bool) -> Tensor:
+    """A query of rank r is an example of r positions: its tokens are the columns of L and the rows of R."""
+    out = fake(L, R, a, delta, mask, bias, per_token)
+    if a.shape[1] * L.shape[1] * L.shape[2] * R.shape[2] == 0:
+        return out.zero_()
+    if _op.best(L, R, a, delta, mask, bias, per_token) == "dense":
+        P = per_sample_gradient(R.to(out.dtype), L.mT, None, False)  # as wide as the result
+        return gradient_dot(P, a, delta, mask, bias, per_token)
+    _native.ghost_dot(out, R, L.mT, a, delta, None, mask, False, bias, per_token, torch.get_num_threads())
+    return out
+
+
 _op = Op(
     "gradient_dot_low_rank",
     "(Tensor L, Tensor R, Tensor a, Tensor delta, Tensor? mask, bool bias, bool per_token) -> Tensor",
-    {"reference": reference, "triton": triton("gradient_dot_low_rank")},
+    {"reference": reference, "native": native, "triton": triton("gradient_dot_low_rank")},
     fake=fake,
+    candidates=candidates,
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from ihvp import _native
 from ihvp.ops._arguments import check_flag, check_pair, check_tensors, compute_dtype, features, read_tokens
 from ihvp.ops._gpu import triton
 from ihvp.ops._registry import Op
@@ -42,9 +44,17 @@ def fake(a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool) -> Tensor:
     return a.new_empty(a.shape[0], delta.shape[2], features(a, bias), dtype=compute_dtype(a, delta))
 
 
+def native(a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool) -> Tensor:
+    out = fake(a, delta, mask, bias)
+    if a.shape[1] == 0:
+        return out.zero_()
+    _native.per_sample_gradient(out, a, delta, mask, bias, torch.get_num_threads())
+    return out
+
+
 _op = Op(
     "per_sample_gradient",
     "(Tensor a, Tensor delta, Tensor? mask, bool bias) -> Tensor",
-    {"reference": reference, "triton": triton("per_sample_gradient")},
+    {"reference": reference, "native": native, "triton": triton("per_sample_gradient")},
     fake=fake,
 )

@@ -1,0 +1,78 @@
+"""This library, and two plain passes of the model through torch beside each fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import ihvp
+import torch
+from ihvp.methods import ekfac
+from torch import Tensor, nn
+
+from bench.measure import once, peak_memory
+from bench.settings import Setting, losses
+
+
+def run(setting: Setting, folder: Path, repeats: int) -> dict[str, Any]:
+    model = ihvp.InfluenceModel(setting.net, losses, layers=setting.layers, progress=False)
+    train = setting.batches
+    steps = ("fit", "eigendecomposition", "scores", "two plain passes")
+    seconds: dict[str, list[float]] = {step: [] for step in steps}
+    before, memory = peak_memory(), 0
+    for repeat in range(repeats):
+        with eigendecomposition_timed() as eigen:
+            curvature, fit = once(lambda: ihvp.EKFACIHVP(model, train, damping="auto"))
+        calculator = ihvp.FirstOrderInfluenceCalculator(model, train, curvature)
+        scores, score = once(lambda calculator=calculator: calculator.scores([setting.queries]))
+        if repeat == 0:
+            memory = peak_memory() - before
+        plain = once(lambda: [plain_pass(setting) for _ in range(2)])[1]
+        for step, value in zip(steps, (fit, sum(eigen), score, plain), strict=True):
+            seconds[step].append(value)
+    torch.save(scores, folder / "scores.pt")
+    return {"seconds": seconds, "memory": memory}
+
+
+@contextmanager
+def eigendecomposition_timed() -> Iterator[list[float]]:
+    """The seconds that a fit spends on eigendecompositions, a number a call."""
+    spent: list[float] = []
+    plain = ekfac.eigendecompose
+
+    def timed(*arguments: Any) -> Any:
+        result, seconds = once(lambda: plain(*arguments))
+        spent.append(seconds)
+        return result
+
+    with mock.patch.object(ekfac, "eigendecompose", timed):
+        yield spent
+    if not spent:
+        raise SystemExit("a fit made no eigendecomposition that could be timed")
+
+
+def plain_pass(setting: Setting) -> None:
+    """Forward and backward to the outputs of the tracked layers, with nothing done there and no weight gradients."""
+    tracked = [setting.net.get_submodule(name) for name in setting.layers]
+    required = [(p, p.requires_grad) for p in setting.net.parameters()]
+    firsts: list[Tensor] = []
+
+    def root(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if not output.requires_grad:
+            firsts.append(output.requires_grad_())
+
+    handles = [module.register_forward_hook(root) for module in tracked]
+    try:
+        for p, _ in required:
+            p.requires_grad_(False)
+        for inputs, targets in setting.batches:
+            firsts.clear()
+            torch.autograd.grad(losses(setting.net(inputs), targets).sum(), firsts)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, flag in required:
+            p.requires_grad_(flag)

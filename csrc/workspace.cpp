@@ -1,0 +1,46 @@
+#include "workspace.h"
+
+#include <cstdlib>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace ihvp {
+
+namespace {
+
+constexpr size_t line = 64;                      // holds the block's capacity, then the memory follows
+constexpr size_t huge_page = size_t(1) << 21;    // asked for where a block spans several
+constexpr size_t kept_limit = size_t(64) << 20;  // a larger block goes back to the system
+
+char* kept = nullptr;
+
+size_t& capacity(char* block) { return *reinterpret_cast<size_t*>(block); }
+
+}  // namespace
+
+void* borrow_memory(size_t size) {
+    char* block = __atomic_exchange_n(&kept, nullptr, __ATOMIC_ACQ_REL);
+    if (block != nullptr && capacity(block) >= size) return block + line;
+    std::free(block);
+    bool large = size >= 2 * huge_page;
+    size_t unit = large ? huge_page : 4096;
+    size_t total = (size + line + unit - 1) / unit * unit;
+    void* memory = nullptr;
+    if (total < size || posix_memalign(&memory, unit, total) != 0) return nullptr;
+#ifdef MADV_HUGEPAGE
+    if (large) madvise(memory, total, MADV_HUGEPAGE);  // advice: it may be refused
+#endif
+    block = static_cast<char*>(memory);
+    capacity(block) = total - line;
+    return block + line;
+}
+
+void return_memory(void* memory) {
+    if (memory == nullptr) return;
+    char* block = static_cast<char*>(memory) - line;
+    if (capacity(block) <= kept_limit) block = __atomic_exchange_n(&kept, block, __ATOMIC_ACQ_REL);
+    std::free(block);
+}
+
+}  // namespace ihvp
