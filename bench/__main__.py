@@ -7,7 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-from bench import memory, methods, ops, orders, pipeline, report
+import torch
+
+from bench import gpu, gpu_pipeline, memory, methods, ops, orders, pipeline, report
 from bench.settings import SETTINGS
 
 
@@ -38,6 +40,14 @@ def main() -> None:
     command.add_argument("--only", default="", metavar="NAME", help="methods whose name holds NAME")
     command.add_argument("--output", type=Path, help="append JSON lines to this file")
     command.add_argument("--figure", type=Path, default=Path("detection.png"), help="default: %(default)s")
+    command = commands.add_parser("gpu", help="the GPU kernels against tuned torch, on a CUDA device")
+    command.add_argument("--expected", action="store_true", help="print what the counts predict; needs no GPU")
+    command.add_argument("--quick", action="store_true", help="fewer repeats")
+    command.add_argument("--output", type=Path, help="append JSON lines to this file")
+    command.add_argument("--proven", type=Path, metavar="FILE", help="write the record of what may be chosen here")
+    command.add_argument("--passed", action="store_true", help="the tests marked gpu passed on this device")
+    command = commands.add_parser("gpu-pipeline", help="EKFAC end to end on a CUDA device, GPT-2 small's shape")
+    command.add_argument("--output", type=Path, help="append JSON lines to this file")
     child = commands.add_parser("_memory")
     child.add_argument("threads", type=int)
     child = commands.add_parser("_method")
@@ -61,6 +71,13 @@ def main() -> None:
     elif arguments.command == "pipeline":
         models = [arguments.model] if arguments.model else list(SETTINGS)[: 1 if arguments.quick else None]
         pipeline.run(models, arguments.quick, arguments.output, arguments.precision)
+    elif arguments.command == "gpu":
+        if arguments.expected:
+            print(gpu.expected())
+        else:
+            gpu.run(arguments.output, arguments.proven, arguments.passed, arguments.quick)
+    elif arguments.command == "gpu-pipeline":
+        gpu_pipeline.run(arguments.output, torch.device("cuda"), gpu_pipeline.FULL)
     elif arguments.command == "methods":
         methods.run(arguments.quick, arguments.output, arguments.figure, arguments.only)
     elif arguments.command == "_method":

@@ -35,8 +35,8 @@ struct ExchangeAPI {
     void* current_stream;
 };
 
-constexpr int32_t cpu = 1;
-constexpr uint8_t code_float = 2, code_bfloat = 4, code_bool = 6;
+constexpr int32_t cpu = 1, cuda = 2;
+constexpr uint8_t code_int = 0, code_float = 2, code_bfloat = 4, code_bool = 6;
 
 }  // namespace dlpack
 
@@ -51,7 +51,8 @@ class Argument {
   public:
     View view;
 
-    Argument(const char* name, py::handle object, bool optional = false) : name_(name) {
+    Argument(const char* name, py::handle object, bool optional = false, int32_t device = dlpack::cpu)
+        : name_(name), device_(device) {
         if (object.is_none()) {
             if (!optional) fail("must be a tensor, got None");
             return;
@@ -136,6 +137,7 @@ class Argument {
 
   private:
     std::string name_;
+    int32_t device_;
     py::object capsule_;  // keeps a tensor exported by __dlpack__ alive
 
     static bool exchange(py::handle object, dlpack::Tensor* out) {
@@ -158,7 +160,7 @@ class Argument {
     }
 
     void read(const dlpack::Tensor& t) {
-        if (t.device_type != dlpack::cpu) fail("must be on the CPU");
+        if (t.device_type != device_) fail(device_ == dlpack::cpu ? "must be on the CPU" : "must be on a CUDA device");
         if (t.ndim > max_dims) fail("has too many dimensions: " + text(t.shape, t.ndim));
         view.dims = t.ndim;
         int64_t contiguous = 1;
@@ -178,6 +180,8 @@ class Argument {
             view.dtype = DType::bf16;
         else if (t.type_code == dlpack::code_bool && t.type_bits == 8)
             view.dtype = DType::boolean;
+        else if (device_ == dlpack::cuda && t.type_code == dlpack::code_int && t.type_bits == 64)
+            view.dtype = DType::i64;
         else
             fail("must be float32, float64, bfloat16, float16 or bool");
         static char nowhere;  // a View without data means "not given"; an empty tensor is given
@@ -197,7 +201,7 @@ class Argument {
 
     int64_t span(int i) const { return view.stride[i] < 0 ? -view.stride[i] : view.stride[i]; }
     int64_t item() const {
-        return view.dtype == DType::f64 ? 8 : view.dtype == DType::f32 ? 4 : view.dtype == DType::boolean ? 1 : 2;
+        return view.dtype == DType::f64 || view.dtype == DType::i64 ? 8 : view.dtype == DType::f32 ? 4 : view.dtype == DType::boolean ? 1 : 2;
     }
     const char* begin() const {
         int64_t at = 0;

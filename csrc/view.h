@@ -4,7 +4,8 @@
 
 namespace ihvp {
 
-enum class DType : int32_t { f32, f64, bf16, f16, boolean };
+// i64 is what a table of pointers and strides is made of; no op takes it.
+enum class DType : int32_t { f32, f64, bf16, f16, boolean, i64 };
 
 constexpr int max_dims = 4;
 

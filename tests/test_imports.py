@@ -18,9 +18,11 @@ MODULES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 
+EXTENSIONS = ("ihvp._native", "ihvp._cuda")
+
 # From the bottom to the top. Adapters stand on the whole package, whose public names are all they know.
 FLOORS = (
-    {"_native"},
+    {"_native", "_cuda"},
     {"ops"},
     {"layers"},
     {"batch", "cache", "model"},
@@ -50,7 +52,7 @@ def imports(module: str) -> Iterator[str]:
             source = ".".join(filter(None, (base, node.module)))
             for alias in node.names:
                 whole = f"{source}.{alias.name}"
-                yield whole if whole in MODULES or whole == "ihvp._native" else source
+                yield whole if whole in MODULES or whole in EXTENSIONS else source
 
 
 def test_the_walk_sees_the_package() -> None:
@@ -72,7 +74,7 @@ def test_ops_need_only_torch_and_the_native_core(module: str) -> None:
     others = {
         name
         for name in imports(module)
-        if name.split(".")[0] not in allowed and not name.startswith(("ihvp.ops", "ihvp._native"))
+        if name.split(".")[0] not in allowed and not name.startswith(("ihvp.ops", *EXTENSIONS))
     }
     assert not others, f"{module} must not import {', '.join(sorted(others))}"
 

@@ -90,6 +90,7 @@ struct Rows {
                 widen_row<T>(out, reinterpret_cast<const Float16*>(data) + at, stride_column, count_stored);
                 break;
             case DType::boolean:
+            case DType::i64:
                 break;
         }
         if (end > stored && first <= stored) out[stored - first] = 1;

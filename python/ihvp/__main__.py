@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import platform
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ import torch
 
 import ihvp
 from ihvp import _native
-from ihvp.ops._registry import IMPLEMENTATIONS, implementations
+from ihvp.ops import _gpu
+from ihvp.ops._registry import GPU, IMPLEMENTATIONS, implementations
 
 DEMO_PACKAGES = ("sklearn", "matplotlib")
 
@@ -35,10 +37,14 @@ def info() -> str:
         "instruction sets": ", ".join(_instruction_sets()),
         "OpenMP": "yes" if _native.has_openmp() else "no",
         "threads": str(torch.get_num_threads()),
+        "triton": importlib.metadata.version("triton") if _gpu.installed("triton") else "not installed",
+        "CUDA kernels": _cuda_kernels(),
         "CUDA devices": ", ".join(_cuda_devices()) or "none",
     }
     present = implementations()
-    rows = [[op, *("yes" if name in own else "-" for name in IMPLEMENTATIONS)] for op, own in present.items()]
+    rows = [
+        [op, *(_state(op, name) if name in own else "-" for name in IMPLEMENTATIONS)] for op, own in present.items()
+    ]
     return "\n".join(
         [*_aligned([list(fact) for fact in facts.items()]), "", *_aligned([["op", *IMPLEMENTATIONS], *rows])]
     )
@@ -49,6 +55,22 @@ def _instruction_sets() -> list[str]:
     chosen = _native.isa()
     notes = {True: "", False: " (compiled, not of this processor)"}
     return [name + (" (chosen)" if name == chosen else notes[runs]) for name, runs in _native.isas().items()]
+
+
+def _state(op: str, implementation: str) -> str:
+    """Of a kernel for GPUs, the device classes where it passed its tests; elsewhere it runs by `use` alone."""
+    if implementation not in GPU:
+        return "yes"
+    passed = [kind for kind in sorted(_gpu.record()) if implementation in _gpu.speedups(op, kind)]
+    return ", ".join(passed) if passed else "unproven"
+
+
+def _cuda_kernels() -> str:
+    if not _gpu.installed("cuda"):
+        return "not built"
+    from ihvp import _cuda
+
+    return f"for {_cuda.architectures()}"
 
 
 def _cuda_devices() -> list[str]:

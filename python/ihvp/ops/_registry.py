@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ihvp.ops import _gpu
+
 IMPLEMENTATIONS = ("reference", "native", "triton", "cuda")
+GPU = ("triton", "cuda")
 DEVICES = {"reference": ("cpu", "cuda"), "native": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 
 _library = torch.library.Library("ihvp", "DEF")
@@ -90,6 +93,15 @@ class Explanation:
         return "\n".join(lines)
 
 
+def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
+    """Those among the arguments, and in the lists among them."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from _tensors(arg)
+
+
 class _ExplanationFound(Exception):  # noqa: N818
     """Carries an explanation out of an op's function, past what it would do with a result."""
 
@@ -131,18 +143,39 @@ class Op:
         return self.implementations[name](*args)
 
     def _choose(self, args: tuple[Any, ...]) -> tuple[str, str]:
-        device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
-        present = [name for name in self.implementations if device in DEVICES[name]]
+        device = next(_tensors(args)).device
+        present = [name for name in self.implementations if device.type in DEVICES[name]]
         if _forced:
             name = _forced[-1].implementation
             if name not in present:
+                gone = "; no CUDA device is present" if name in GPU and not torch.cuda.is_available() else ""
                 raise RuntimeError(
-                    f'{self.name} has no "{name}" implementation for {device} tensors; it has '
+                    f'{self.name} has no "{name}" implementation for {device.type} tensors; it has '
                     + ", ".join(f'"{name}"' for name in present)
+                    + gone
                 )
+            if name in GPU and self._wide(args):
+                raise RuntimeError(f'{self.name} has no "{name}" implementation for float64 operands')
             return name, "forced by ihvp.use"
+        if device.type == "cuda":
+            return self._choose_on_gpu(_gpu.device_class(device), present, self._wide(args))
         name = "native" if "native" in present else "reference"
-        return name, f"of {', '.join(present)} on {device}"
+        return name, f"of {', '.join(present)} on {device.type}"
+
+    def _choose_on_gpu(self, kind: str, present: Sequence[str], wide: bool) -> tuple[str, str]:
+        """The fastest of what is proven on this device class; the reference where nothing is, and for float64."""
+        if wide:
+            return "reference", "float64 operands have no kernel"
+        proven = {name: speed for name, speed in _gpu.speedups(self.name, kind).items() if name in present}
+        name = max(proven, key=proven.__getitem__, default="reference")
+        if proven.get(name, 0) <= 1:
+            return "reference", f"no faster kernel is proven on {kind}" if proven else f"no kernel is proven on {kind}"
+        return name, f"measured {proven[name]:.1f} times as fast as the reference on {kind}"
+
+    def _wide(self, args: tuple[Any, ...]) -> bool:
+        """Whether an operand is float64; the accumulator of an in-place op, its first argument, may be."""
+        operands = args[1:] if self.name.endswith("_") else args
+        return any(x.dtype == torch.float64 for x in _tensors(operands))
 
     def best(self, *args: Any) -> str:
         """The order with the least predicted time; the first of equals."""

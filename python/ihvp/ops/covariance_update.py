@@ -17,6 +17,7 @@ from ihvp.ops._arguments import (
     features,
     read_tokens,
 )
+from ihvp.ops._gpu import cuda, triton
 from ihvp.ops._registry import Op
 
 
@@ -63,6 +64,11 @@ def native(C: Tensor, x: Tensor, mask: Tensor | None, bias: bool) -> None:
 _op = Op(
     "covariance_update_",
     "(Tensor(a!) C, Tensor x, Tensor? mask, bool bias) -> ()",
-    {"reference": reference, "native": native},
+    {
+        "reference": reference,
+        "native": native,
+        "triton": triton("covariance_update"),
+        "cuda": cuda("covariance_update"),
+    },
     fake=lambda C, x, mask, bias: None,
 )

@@ -17,6 +17,7 @@ from ihvp.ops._arguments import (
     features,
     read_tokens,
 )
+from ihvp.ops._gpu import triton
 from ihvp.ops._registry import Op
 
 
@@ -65,6 +66,6 @@ def native(x: Tensor, U: Tensor, mask: Tensor | None, bias: bool) -> Tensor:
 _op = Op(
     "eigenbasis_project",
     "(Tensor x, Tensor U, Tensor? mask, bool bias) -> Tensor",
-    {"reference": reference, "native": native},
+    {"reference": reference, "native": native, "triton": triton("eigenbasis_project")},
     fake=fake,
 )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ihvp import _native
 from ihvp.ops._arguments import check_flag, check_shape, check_tensors, compute_dtype, shape_of
+from ihvp.ops._gpu import triton
 from ihvp.ops._registry import Op
 
 
@@ -55,6 +56,6 @@ def native(V: Tensor, U_A: Tensor, U_G: Tensor, inverse: bool) -> Tensor:
 _op = Op(
     "eigenbasis_rotate",
     "(Tensor V, Tensor U_A, Tensor U_G, bool inverse) -> Tensor",
-    {"reference": reference, "native": native},
+    {"reference": reference, "native": native, "triton": triton("eigenbasis_rotate")},
     fake=fake,
 )

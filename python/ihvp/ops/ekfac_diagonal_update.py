@@ -17,6 +17,7 @@ from ihvp.ops._arguments import (
     features,
     read_tokens,
 )
+from ihvp.ops._gpu import cuda, triton
 from ihvp.ops._registry import Candidate, Op, packing, short
 
 
@@ -117,7 +118,12 @@ def native(
 _op = Op(
     "ekfac_diagonal_update_",
     "(Tensor(a!) Lambda, Tensor a, Tensor delta, Tensor? U_A, Tensor? U_G, Tensor? mask, bool bias) -> ()",
-    {"reference": reference, "native": native},
+    {
+        "reference": reference,
+        "native": native,
+        "triton": triton("ekfac_diagonal_update"),
+        "cuda": cuda("ekfac_diagonal_update"),
+    },
     fake=lambda Lambda, a, delta, U_A, U_G, mask, bias: None,
     candidates=candidates,
 )

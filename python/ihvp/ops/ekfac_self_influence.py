@@ -16,6 +16,7 @@ from ihvp.ops._arguments import (
     features,
     read_tokens,
 )
+from ihvp.ops._gpu import triton
 from ihvp.ops._registry import Op
 
 
@@ -122,6 +123,6 @@ _op = Op(
     "ekfac_self_influence",
     "(Tensor a, Tensor delta, Tensor? U_A, Tensor? U_G, Tensor Lambda, float damping, Tensor? mask, bool bias)"
     " -> Tensor",
-    {"reference": reference, "native": native},
+    {"reference": reference, "native": native, "triton": triton("ekfac_self_influence")},
     fake=fake,
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ihvp import _native
 from ihvp.ops._arguments import check_number, check_shape, check_tensors, compute_dtype, shape_of
+from ihvp.ops._gpu import triton
 from ihvp.ops._registry import Op
 
 
@@ -71,6 +72,6 @@ def native(V: Tensor, U_A: Tensor, U_G: Tensor, Lambda: Tensor, damping: Sequenc
 _op = Op(
     "ekfac_solve",
     "(Tensor V, Tensor U_A, Tensor U_G, Tensor Lambda, float[] damping) -> Tensor",
-    {"reference": reference, "native": native},
+    {"reference": reference, "native": native, "triton": triton("ekfac_solve")},
     fake=fake,
 )

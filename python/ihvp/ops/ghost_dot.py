@@ -16,6 +16,7 @@ from ihvp.ops._arguments import (
     features,
     read_tokens,
 )
+from ihvp.ops._gpu import triton
 from ihvp.ops._registry import Candidate, Op, packing, padded, short
 from ihvp.ops.gradient_dot import cheapest as gradient_dot_best
 from ihvp.ops.gradient_dot import native as gradient_dot
@@ -163,7 +164,7 @@ def native(
 _op = Op(
     "ghost_dot",
     "(Tensor a1, Tensor delta1, Tensor a2, Tensor delta2, Tensor? mask1, Tensor? mask2, bool bias) -> Tensor",
-    {"reference": reference, "native": native},
+    {"reference": reference, "native": native, "triton": triton("ghost_dot")},
     fake=fake,
     candidates=candidates,
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ihvp import _native
 from ihvp.ops._arguments import check_flag, check_pair, check_tensors, compute_dtype, features, read_tokens
+from ihvp.ops._gpu import triton
 from ihvp.ops._registry import Candidate, Op, packing, padded, short
 
 
@@ -82,7 +83,7 @@ def native(a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool) -> Tensor:
 _op = Op(
     "ghost_norm",
     "(Tensor a, Tensor delta, Tensor? mask, bool bias) -> Tensor",
-    {"reference": reference, "native": native},
+    {"reference": reference, "native": native, "triton": triton("ghost_norm")},
     fake=fake,
     candidates=candidates,
 )

@@ -18,6 +18,7 @@ from ihvp.ops._arguments import (
     read_tokens,
     shape_of,
 )
+from ihvp.ops._gpu import triton
 from ihvp.ops._registry import Candidate, Op, packing, padded, short
 
 
@@ -131,7 +132,7 @@ def native(P: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool,
 _op = Op(
     "gradient_dot",
     "(Tensor P, Tensor a, Tensor delta, Tensor? mask, bool bias, bool per_token) -> Tensor",
-    {"reference": reference, "native": native},
+    {"reference": reference, "native": native, "triton": triton("gradient_dot")},
     fake=fake,
     candidates=candidates,
 )

@@ -18,6 +18,7 @@ from ihvp.ops._arguments import (
     read_tokens,
     shape_of,
 )
+from ihvp.ops._gpu import triton
 from ihvp.ops._registry import Candidate, Op, packing, padded, short
 from ihvp.ops.ghost_dot import ghost_overhead
 from ihvp.ops.gradient_dot import cheapest as gradient_dot_best
@@ -125,7 +126,7 @@ def native(L: Tensor, R: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, 
 _op = Op(
     "gradient_dot_low_rank",
     "(Tensor L, Tensor R, Tensor a, Tensor delta, Tensor? mask, bool bias, bool per_token) -> Tensor",
-    {"reference": reference, "native": native},
+    {"reference": reference, "native": native, "triton": triton("gradient_dot_low_rank")},
     fake=fake,
     candidates=candidates,
 )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ihvp import _native
 from ihvp.ops._arguments import check_flag, check_pair, check_tensors, compute_dtype, features, read_tokens
+from ihvp.ops._gpu import triton
 from ihvp.ops._registry import Op
 
 
@@ -54,6 +55,6 @@ def native(a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool) -> Tensor:
 _op = Op(
     "per_sample_gradient",
     "(Tensor a, Tensor delta, Tensor? mask, bool bias) -> Tensor",
-    {"reference": reference, "native": native},
+    {"reference": reference, "native": native, "triton": triton("per_sample_gradient")},
     fake=fake,
 )

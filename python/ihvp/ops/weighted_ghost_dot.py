@@ -18,6 +18,7 @@ from ihvp.ops._arguments import (
     features,
     read_tokens,
 )
+from ihvp.ops._gpu import triton
 from ihvp.ops._registry import Op
 
 
@@ -195,6 +196,6 @@ _op = Op(
     "weighted_ghost_dot",
     "(Tensor a1, Tensor delta1, Tensor a2, Tensor delta2, Tensor weight, Tensor? mask1, Tensor? mask2, bool bias)"
     " -> Tensor",
-    {"reference": reference, "native": native},
+    {"reference": reference, "native": native, "triton": triton("weighted_ghost_dot")},
     fake=fake,
 )

@@ -1,0 +1,103 @@
+"""The ops' implementations for GPUs: imported when first called, and chosen by what has been shown of them.
+
+`proven.json` records, by device class and op, which kernels passed all their tests on such a device, and their measured
+speed over the reference:  {"sm_90": {"ghost_norm": {"triton": {"speedup": 3.1, "sources": "0f3a..."}}}}.
+A record holds only for the very sources that were tested: a changed kernel has to pass again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+WORKSPACE = 1 << 28  # bytes that a call takes at most, unless a single example needs more
+T = TypeVar("T")
+
+RECORD = Path(__file__).with_name("proven.json")
+MISSING = {
+    "triton": "triton is not installed; torch's CUDA builds bring it, or: pip install triton",
+    "cuda": "this build of ihvp has no CUDA kernels: nvcc was not found when it was built",
+}
+
+
+def triton(op: str) -> Callable[..., Any]:
+    """The op's Triton kernel, `run` of `ihvp.ops._triton.<op>`."""
+    return _Lazy("triton", f"ihvp.ops._triton.{op}")
+
+
+def cuda(op: str) -> Callable[..., Any]:
+    """The op's CUDA kernel, `run` of `ihvp.ops._cuda.<op>`."""
+    return _Lazy("cuda", f"ihvp.ops._cuda.{op}")
+
+
+class _Lazy:
+    def __init__(self, implementation: str, module: str) -> None:
+        self.implementation, self.module = implementation, module
+
+    def __call__(self, *args: Any) -> Any:
+        if not installed(self.implementation):
+            raise RuntimeError(MISSING[self.implementation])
+        return importlib.import_module(self.module).run(*args)
+
+
+@functools.cache
+def installed(implementation: str) -> bool:
+    """Whether the package or extension that the implementation needs is there; it is not imported."""
+    return importlib.util.find_spec("triton" if implementation == "triton" else "ihvp._cuda") is not None
+
+
+@functools.cache
+def sources(implementation: str) -> str:
+    """A digest of all sources of the implementation: the files, or what the extension was built from."""
+    if implementation == "cuda":
+        return str(importlib.import_module("ihvp._cuda").sources()) if installed("cuda") else ""
+    text = hashlib.sha256()
+    for path in sorted(Path(__file__).with_name("_triton").glob("*.py")):
+        text.update(path.read_bytes())
+    return text.hexdigest()[:16]
+
+
+def device_class(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@functools.cache
+def record() -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    found: dict[str, dict[str, dict[str, dict[str, Any]]]] = json.loads(RECORD.read_text())
+    return found
+
+
+def speedups(op: str, kind: str) -> dict[str, float]:
+    """Measured speed over the reference, of the implementations of an op proven on this device class."""
+    return {
+        name: float(entry["speedup"])
+        for name, entry in record().get(kind, {}).get(op, {}).items()
+        if installed(name) and entry["sources"] == sources(name)
+    }
+
+
+def workspace(op: str, count: int, bytes_each: int, make: Callable[[int], T]) -> tuple[int, T]:
+    """`make(chunk)` for as many of `count` items at once as WORKSPACE holds; half as many when memory runs out.
+
+    Raises torch.OutOfMemoryError with what was needed when that fails too.
+    """
+    chunk = max(1, min(count, WORKSPACE // max(bytes_each, 1)))
+    try:
+        return chunk, make(chunk)
+    except torch.OutOfMemoryError:
+        chunk = max(1, chunk // 2)
+    try:
+        return chunk, make(chunk)
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"{op} needs {chunk * bytes_each / 2**20:.1f} MiB of workspace for {chunk} of {count} at a time"
+        ) from error

@@ -1,0 +1,14 @@
+"""Tables of pointers and strides: how one launch reaches many tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """(layers, entries) int64 on the device, copied from pinned memory: the stream is not waited for."""
+    host = torch.tensor(rows, dtype=torch.int64)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

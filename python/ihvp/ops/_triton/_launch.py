@@ -1,0 +1,134 @@
+"""The host's side of every kernel: launching it, the arithmetic of its products, its tiles and its workspace."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+    raise ImportError(f"the Triton kernels need triton 3.3 or newer, got {triton.__version__}")
+
+
+@triton.jit
+def _nothing():
+    pass
+
+
+INTERPRETED = not isinstance(_nothing, triton.JITFunction)
+LEAST_CAPABILITY = (8, 0)
+REGISTERS = 255  # a thread may have; left alone, ptxas spills a few of them to fit one more block
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, constants: Mapping[str, Any], warps: int, stages: int = 3
+) -> None:
+    """Run a kernel on the device and the current stream of its first argument; nothing waits for it.
+
+    Raises RuntimeError for a device older than the kernels' instructions, ValueError for more programs than one launch
+    can have.
+    """
+    if 0 in grid:
+        return
+    if grid[0] >= 2**31 or max(grid[1:], default=0) >= 2**16:
+        raise ValueError(f"this call is too large for one launch: {grid} programs; pass fewer examples at a time")
+    device = arguments[0].device
+    if device.type != "cuda":  # the interpreter
+        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, maxnreg=REGISTERS)
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        raise RuntimeError(
+            f"the Triton kernels need compute capability 8.0 or newer, {device} has {capability[0]}.{capability[1]}"
+        )
+    with torch.cuda.device(device) if device.index != torch.cuda.current_device() else contextlib.nullcontext():
+        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, maxnreg=REGISTERS)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """In which type the operands of a product meet, and how float32 ones are multiplied."""
+
+    dtype: torch.dtype
+    precision: str
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        # The interpreter's numpy has no bfloat16.
+        return {"DTYPE": tl.float32 if INTERPRETED else TYPES[self.dtype], "PRECISION": self.precision}
+
+    def limit(self, *operands: Tensor) -> int:
+        """The widest tile that stays in registers, of operands that are read as given.
+
+        Three products need twice the operands, and what is not read 16 bytes at a time an address for every element.
+        """
+        return 128 if self.precision != "tf32x3" and all(map(vectorised, operands)) else 64
+
+
+ACCURATE = Arithmetic(torch.float32, "tf32x3")
+
+
+def arithmetic(*operands: Tensor) -> Arithmetic:
+    """Of operands as they are stored: 16-bit ones of one type as they are, all others in float32."""
+    dtype = operands[0].dtype
+    if dtype != torch.float32 and all(x.dtype == dtype for x in operands):
+        return Arithmetic(dtype, "ieee")
+    return wide_arithmetic()
+
+
+def wide_arithmetic() -> Arithmetic:
+    """Of operands that meet in float32 whatever they are stored in."""
+    return Arithmetic(torch.float32, "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32")
+
+
+def depth(how: Arithmetic) -> int:
+    """Terms of a sum a step: 64 bytes of TF32 operands, which go through registers three times, or 128 of others."""
+    return {"tf32x3": 16, "tf32": 32, "ieee": 64}[how.precision]
+
+
+def vectorised(x: Tensor) -> bool:
+    """Whether Triton can see that 16 bytes lie side by side: extents and strides of multiples of 16, and one of 1."""
+    strides = sorted(x.stride()[-2:])
+    near = strides[0] == 1 and all(stride % 16 == 0 for stride in (*strides[1:], *x.stride()[:-2]))
+    return near and all(size % 16 == 0 for size in x.shape[-2:]) and x.data_ptr() % 16 == 0
+
+
+def warps(rows: int, columns: int) -> int:
+    return 8 if rows * columns >= 4096 else 4
+
+
+def block(size: int, limit: int) -> int:
+    """The tile's edge for an extent: a power of two from 16, the tensor cores' least, to `limit`."""
+    return int(max(16, min(limit, triton.next_power_of_2(size))))
+
+
+def count(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def splits(device: torch.device, tiles: int, depth: int, least: int) -> int:
+    """Into how many parts a sum over `depth` is cut, of `least` terms or more, to fill the device twice."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return max(1, min(2 * processors // max(tiles, 1), count(depth, least)))
+
+
+def flat_rows(x: Tensor) -> tuple[int, int, int]:
+    """(T, stride_n, stride_t) of the rows of (N,T,features); T = 1 where one stride leads through all of them."""
+    N, T, _ = x.shape
+    if T == 1:
+        return 1, x.stride(0), 0
+    if N <= 1 or x.stride(0) == T * x.stride(1):
+        return 1, x.stride(1), 0
+    return T, x.stride(0), x.stride(1)
+
+
+def mask_bytes(mask: Tensor | None) -> Tensor | None:
+    """(N,T) bytes side by side, as kernels read a mask."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
