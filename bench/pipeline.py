@@ -167,18 +167,23 @@ def goal(against: str, what: str, reached: float, bound: float, least: bool = Tr
     return {"against": against, "what": what, "least" if least else "most": bound, "figure": reached, "met": met}
 
 
-def goals(model: str, own: dict[str, Any], peers: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+KEPT = "ihvp, tokens kept"
+
+
+def goals(model: str, who: str, own: dict[str, Any], peers: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for peer, result in peers.items():
         if "missing" in result:
             continue
         ratios = {what: value / totals(own)[what] for what, value in totals(result).items()}
         bounds = PEERS[peer].goals[model]
-        found += [goal(peer, what, ratios[what], bound) for what, bound in bounds.items()]
+        found += [goal(peer, f"{who}: {what}", ratios[what], bound) for what, bound in bounds.items()]
     seconds = own["seconds"]
     parts = zip(seconds["fit"], seconds["eigendecomposition"], seconds["two plain passes"], strict=True)
     over = statistics.median((fit - eigen) / plain for fit, eigen, plain in parts)
-    found.append(goal("two plain passes", "fit without eigendecomposition", over, FIT_OVER_TWO_PASSES, least=False))
+    found.append(
+        goal("two plain passes", f"{who}: fit without eigendecomposition", over, FIT_OVER_TWO_PASSES, least=False)
+    )
     return found
 
 
@@ -188,6 +193,12 @@ def compare(model: str, quick: bool, precision: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         own_folder = Path(temporary, "ihvp")
         own = child("ihvp", model, own_folder, 5 if quick else 9, precision)
+        kept_folder = Path(temporary, "ihvp_kept")
+        kept = child("ihvp_kept", model, kept_folder, 5 if quick else 9, precision)
+        same = torch.equal(*(torch.load(path / "scores.pt") for path in (own_folder, kept_folder)))
+        print(f"check  scores with tokens kept between passes: {'the same bits' if same else 'other bits'}")
+        if not same:
+            raise SystemExit("keeping tokens changed the scores")
         for peer in PEERS:
             if model not in PEERS[peer].goals:
                 continue
@@ -202,10 +213,11 @@ def compare(model: str, quick: bool, precision: str) -> dict[str, Any]:
     record = {"bench": "pipeline", "model": model, "title": setting.title, "precision": precision}
     return record | {
         "ihvp": own,
+        KEPT: kept,
         **peers,
-        "totals": {"ihvp": totals(own)}
+        "totals": {"ihvp": totals(own), KEPT: totals(kept)}
         | {peer: totals(result) for peer, result in peers.items() if "missing" not in result},
-        "goals": goals(model, own, peers),
+        "goals": goals(model, "ihvp", own, peers) + goals(model, KEPT, kept, peers),
     }
 
 

@@ -176,12 +176,14 @@ def result(fit: list[float], scores: float, memory: int = 10**6, **more: list[fl
 def test_pipeline_goals_are_ratios_of_medians_and_missing_peers_have_none() -> None:
     own = result([1.0, 9.0, 2.0], 1.0, **{"eigendecomposition": [0.5, 0.5, 0.5], "two plain passes": [1.0, 1.0, 1.0]})
     peer = {"seconds": {"covariance": [10.0], "eigendecomposition": [5.0], "lambda": [100.0], "scores": [65.0]}}
-    found = pipeline.goals("mlp", own, {"kronfluence": peer | {"memory": 4 * 10**6}, "pydvl": {"missing": "gone"}})
+    found = pipeline.goals(
+        "mlp", "ihvp", own, {"kronfluence": peer | {"memory": 4 * 10**6}, "pydvl": {"missing": "gone"}}
+    )
     figures = {(one["against"], one["what"]): (one["figure"], one["met"]) for one in found}
-    assert figures[("kronfluence", "fit + scores")] == (60.0, True)
-    assert figures[("kronfluence", "fit")] == (57.5, True)
-    assert figures[("kronfluence", "memory")] == (4.0, True)
-    assert figures[("two plain passes", "fit without eigendecomposition")] == (1.5, True)
+    assert figures[("kronfluence", "ihvp: fit + scores")] == (60.0, True)
+    assert figures[("kronfluence", "ihvp: fit")] == (57.5, True)
+    assert figures[("kronfluence", "ihvp: memory")] == (4.0, True)
+    assert figures[("two plain passes", "ihvp: fit without eigendecomposition")] == (1.5, True)
     assert not any(against == "pydvl" for against, _ in figures)
 
 

@@ -17,13 +17,14 @@ from bench.measure import once, peak_memory
 from bench.settings import Setting, losses
 
 
-def run(setting: Setting, folder: Path, repeats: int) -> dict[str, Any]:
-    model = ihvp.InfluenceModel(setting.net, losses, layers=setting.layers, progress=False)
+def run(setting: Setting, folder: Path, repeats: int, cache_bytes: int = 0) -> dict[str, Any]:
+    model = ihvp.InfluenceModel(setting.net, losses, layers=setting.layers, progress=False, cache_bytes=cache_bytes)
     train = setting.batches
     steps = ("fit", "eigendecomposition", "scores", "two plain passes")
     seconds: dict[str, list[float]] = {step: [] for step in steps}
     before, memory = peak_memory(), 0
     for repeat in range(repeats):
+        model.clear_cache()
         with eigendecomposition_timed() as eigen:
             curvature, fit = once(lambda: ihvp.EKFACIHVP(model, train, damping="auto"))
         calculator = ihvp.FirstOrderInfluenceCalculator(model, train, curvature)
