@@ -1,27 +1,15 @@
 // c += a b on bfloat16 tiles, over and over: the most multiply-adds that AMX does. Six sums hide the latency of one.
 #include <immintrin.h>
 
+#include "amx.h"
 #include "engine.h"
 
 namespace ihvp {
 namespace IHVP_ISA {
 
-namespace {
-
-struct __attribute__((packed)) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// Not a local: gcc's header tells the compiler of its first eight bytes only, and the rest could stay unwritten.
-constexpr TileConfig config;
-
-}  // namespace
-
 int64_t peak_bf16(int64_t rounds, int threads) {
     parallel(threads, threads, [&](int64_t, int) {
-        _tile_loadconfig(&config);  // clears the tiles: zeros, which cost what other numbers do
+        _tile_loadconfig(&tile_config);  // clears the tiles: zeros, which cost what other numbers do
         for (int64_t round = 0; round < rounds; ++round) {
             _tile_dpbf16ps(0, 6, 7);
             _tile_dpbf16ps(1, 6, 7);

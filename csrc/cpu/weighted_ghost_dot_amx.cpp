@@ -5,6 +5,7 @@
 // summed in float32. Tiles flush denormals: below 1e-35 lo is lost.
 #include <immintrin.h>
 
+#include "amx.h"
 #include "engine.h"
 
 namespace ihvp {
@@ -25,12 +26,6 @@ template <int pieces>
 constexpr int64_t block_steps = 16 / pieces;
 template <int pieces>
 constexpr int64_t step_elements = 2 * pieces * tile_elements;  // of one operand: two tiles a piece
-
-struct __attribute__((packed)) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // 32 numbers as hi, or hi and lo.
 template <int pieces>
@@ -180,8 +175,7 @@ Status run(const View& out, const Rows& x1, const Rows& y1, const Rows& x2, cons
             uint16_t* own = products + thread * block_steps<pieces> * step_elements<pieces>;
             read_padded(row_x, x1, m, K);
             read_padded(row_y, y1, m, O);
-            TileConfig config;
-            _tile_loadconfig(&config);
+            _tile_loadconfig(&tile_config);
             for (int64_t s = 0; s < steps; s += block_steps<pieces>) {
                 int64_t end = least(steps, s + block_steps<pieces>);
                 pack_products<pieces>(own, row_x, rows_x + n0 * K, K, height, s, end);
