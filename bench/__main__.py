@@ -40,7 +40,7 @@ def main() -> None:
     command.add_argument("--only", default="", metavar="NAME", help="methods whose name holds NAME")
     command.add_argument("--output", type=Path, help="append JSON lines to this file")
     command.add_argument("--figure", type=Path, default=Path("detection.png"), help="default: %(default)s")
-    command = commands.add_parser("pydvl", help="every influence class of pyDVL against its signatures over ihvp")
+    command = commands.add_parser("pydvl", help="the influence classes of pyDVL against its signatures over ihvp")
     command.add_argument("--quick", action="store_true", help="one run of each")
     command.add_argument("--threads", type=int, default=2, help="of torch, in both libraries; default: %(default)s")
     command.add_argument("--only", default="", metavar="NAME", help="methods whose name holds NAME")
