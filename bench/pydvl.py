@@ -1,13 +1,13 @@
 """The influence classes of pyDVL against `ihvp.adapters.pydvl_api`: the same calls, at 10,001 parameters.
 
 An MLP 64-90-41-10 trained on scikit-learn's digits, 500 training examples and 64 queries, float32. Each library runs
-each method in a process of its own, on two threads: fit, then the influences of all examples on all queries. Answers
+each method in a process of its own: fit, then the influences of all examples on all queries. Answers
 are compared before a ratio is printed.
 
 Both libraries get the same work. pyDVL squares the tolerances of CG: both stop at residuals of 1e-6. LiSSA does 100
-steps with all the data. pyDVL's harmonic mean of one batch comes out
-divided by the number of systems that it solves at once, which are the training examples; it is multiplied by that. The
-Nystroem sketch is left out: where the sketched Hessian is indefinite, as here, pyDVL shifts it and ihvp does not.
+steps with all the data. pyDVL's harmonic mean of one batch comes out divided by the number of systems that it solves at
+once, which are the training examples; it is multiplied by that. The Nystroem sketch is left out: where the sketched
+Hessian is indefinite, as here, pyDVL shifts it and ihvp does not.
 """
 
 from __future__ import annotations
