@@ -210,5 +210,5 @@ def test_pydvl_bench_has_the_goals_and_size_it_says() -> None:
     assert sum((i + 1) * o for i, o in zip(pydvl.SIZES, pydvl.SIZES[1:], strict=False)) == 10_001
     for name, method in pydvl.METHODS.items():
         assert method.goal == (5.0 if name.startswith(("direct", "CG", "EKFAC")) else 1.0)
-    with pytest.raises(SystemExit, match="no method has 'newton'|is not installed|pydvl must be"):
+    with pytest.raises(SystemExit, match=r"no method has 'newton'|is not installed|pydvl must be"):
         pydvl.run(True, 1, None, "newton")
