@@ -1,4 +1,4 @@
-"""python -m bench ops | orders | pipeline | methods | report FILE; --help of each says more."""
+"""python -m bench ops | orders | pipeline | methods | pydvl | gpu | report FILE; --help of each says more."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bench import gpu, gpu_pipeline, memory, methods, ops, orders, pipeline, report
+from bench import gpu, gpu_pipeline, memory, methods, ops, orders, pipeline, pydvl, report
 from bench.settings import SETTINGS
 
 
@@ -48,6 +48,17 @@ def main() -> None:
     command.add_argument("--passed", action="store_true", help="the tests marked gpu passed on this device")
     command = commands.add_parser("gpu-pipeline", help="EKFAC end to end on a CUDA device, GPT-2 small's shape")
     command.add_argument("--output", type=Path, help="append JSON lines to this file")
+    command = commands.add_parser("pydvl", help="the influence classes of pyDVL against its signatures over ihvp")
+    command.add_argument("--quick", action="store_true", help="one run of each")
+    command.add_argument("--threads", type=int, default=2, help="of torch, in both libraries; default: %(default)s")
+    command.add_argument("--only", default="", metavar="NAME", help="methods whose name holds NAME")
+    command.add_argument("--output", type=Path, help="append JSON lines to this file")
+    child = commands.add_parser("_pydvl")
+    child.add_argument("library", choices=pydvl.LIBRARIES)
+    child.add_argument("name", choices=tuple(pydvl.METHODS))
+    child.add_argument("file", type=Path)
+    child.add_argument("repeats", type=int)
+    child.add_argument("threads", type=int)
     child = commands.add_parser("_memory")
     child.add_argument("threads", type=int)
     child = commands.add_parser("_method")
@@ -80,6 +91,11 @@ def main() -> None:
         gpu_pipeline.run(arguments.output, torch.device("cuda"), gpu_pipeline.FULL)
     elif arguments.command == "methods":
         methods.run(arguments.quick, arguments.output, arguments.figure, arguments.only)
+    elif arguments.command == "pydvl":
+        pydvl.run(arguments.quick, arguments.threads, arguments.output, arguments.only)
+    elif arguments.command == "_pydvl":
+        torch.set_num_threads(arguments.threads)
+        print(json.dumps(pydvl.run_child(arguments.library, arguments.name, arguments.file, arguments.repeats)))
     elif arguments.command == "_method":
         print(json.dumps(methods.run_child(arguments.name, arguments.folder)))
     else:

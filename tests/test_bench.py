@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import orders, pipeline, problems, report
+from bench import orders, pipeline, problems, pydvl, report
 from bench.cases import CASES, Goal
 from bench.measure import QUICK, Effort, Timing, check, race, relative_error
 from bench.memory import extra_memory
@@ -201,3 +201,16 @@ def test_older_records_are_still_read(capsys: pytest.CaptureFixture[str]) -> Non
     old = json.loads(path.read_text().splitlines()[0])
     report.report([old])
     assert "mlp" in capsys.readouterr().out
+
+
+# --- pyDVL ---------------------------------------------------------------------------------------------------------
+
+
+def test_pydvl_bench_has_the_goals_and_size_it_says() -> None:
+    own = pydvl.setting(pydvl.SMALL_SIZES, pydvl.SMALL_TRAIN, pydvl.SMALL_QUERIES)
+    assert (len(own.train[0]), len(own.queries[0])) == (pydvl.SMALL_TRAIN, pydvl.SMALL_QUERIES)
+    assert sum((i + 1) * o for i, o in zip(pydvl.SIZES, pydvl.SIZES[1:], strict=False)) == 10_001
+    for name, method in pydvl.METHODS.items():
+        assert method.goal == (5.0 if name.startswith(("direct", "CG", "EKFAC")) else 1.0)
+    with pytest.raises(SystemExit, match=r"no method has 'newton'|is not installed|pydvl must be"):
+        pydvl.run(True, 1, None, "newton")

@@ -21,6 +21,7 @@ from ihvp.calculators import (
     SecondOrderInfluenceCalculator,
     TracInCalculator,
     WeightsBoundaryCalculator,
+    input_gradients,
 )
 from ihvp.methods import (
     EKFACIHVP,
@@ -82,6 +83,7 @@ __all__ = [
     "TracInCalculator",
     "WeightsBoundaryCalculator",
     "explain",
+    "input_gradients",
     "load",
     "make_ihvp",
     "ops",

@@ -4,6 +4,7 @@ from ihvp.calculators.base import InfluenceCalculator, SelfInfluenceCalculator
 from ihvp.calculators.boundary import SampleBoundaryCalculator, WeightsBoundaryCalculator
 from ihvp.calculators.empirical_if import EmpiricalInfluence
 from ihvp.calculators.first_order import FirstOrderInfluenceCalculator
+from ihvp.calculators.perturbation import input_gradients
 from ihvp.calculators.representer_l2 import RepresenterPointL2
 from ihvp.calculators.representer_lje import RepresenterPointLJE
 from ihvp.calculators.second_order import GroupInfluence, SecondOrderInfluenceCalculator
@@ -23,4 +24,5 @@ __all__ = [
     "SelfInfluenceCalculator",
     "TracInCalculator",
     "WeightsBoundaryCalculator",
+    "input_gradients",
 ]
