@@ -168,6 +168,8 @@ IHVP_INLINE void multiply(Tile<T>& tile, bool more, int64_t depth, Operand<T> le
     constexpr int W = Lanes<T>::width;
     const T* __restrict x = left.data;
     const T* __restrict y = right.data;
+    // With nothing to come, what is here already: an address that is not mapped would be looked up each time.
+    const char* next = ahead.data != nullptr ? ahead.data : reinterpret_cast<const char*>(y);
     Vec<T> acc[tile_rows][vectors] = {};
     if (more) {
 #pragma GCC unroll 16
@@ -185,8 +187,8 @@ IHVP_INLINE void multiply(Tile<T>& tile, bool more, int64_t depth, Operand<T> le
 #pragma GCC unroll 8
             for (int v = 0; v < vectors; ++v) acc[r][v] += b[v] * x[r];
         }
-        __builtin_prefetch(ahead.data, 0, 2);
-        ahead.data += ahead.stride;
+        __builtin_prefetch(next, 0, 2);
+        next += ahead.stride;
         x += left.stride;
         y += right.stride;
     }

@@ -79,7 +79,7 @@ Status query_first(const View& out, const View& P, const Rows& a, const Rows& de
 // The dot tile: queries x examples, vectors along the parameters. Its sums stay vectors until the very end.
 constexpr int dot_queries = tile_rows >= 8 ? 4 : 2;
 constexpr int dot_examples = tile_rows >= 8 ? 6 : 4;
-constexpr int64_t block_inputs = block_rows;  // the columns of a block of g
+constexpr int64_t block_side = 192;  // of a block of g: tokens are packed once for every block of their columns
 
 // The same rows of some queries or examples: `next` elements from one of them to the other.
 template <class T>
@@ -120,20 +120,19 @@ struct Block {
     int64_t o0, o1, i0, i1;
 };
 
-// Columns c0..c1 of positions first..first + depth as one side of a product: as they lie, or copied and padded.
+// Columns c0.. of the positions first.. as panels.
 template <class T>
-Operand<T> columns_of(const Rows& tokens, int64_t first, int64_t depth, int64_t c0, int64_t c1, bool whole, T* buffer) {
-    const T* lying = lying_row<T>(tokens, first);
-    if (lying != nullptr && whole) return {lying + c0, tokens.stride_inner};
-    for (int64_t k = 0; k < depth; ++k) {
-        T* row = buffer + k * block_rows;
-        tokens.read(row, first + k, c0, c1);
-        for (int64_t c = c1 - c0; c < block_rows; ++c) row[c] = 0;
+void pack_columns(const Panels<T>& out, const Rows& tokens, int64_t first, int64_t c0) {
+    constexpr int64_t W = Panels<T>::width;
+    T buffer[block_side];
+    for (int64_t k = 0; k < out.depth; ++k) {
+        tokens.read(buffer, first + k, c0, c0 + out.columns);
+        for (int64_t c = out.columns; c % W != 0; ++c) buffer[c] = 0;
+        for (int64_t c = 0; c < out.columns; c += W) std::memcpy(out.at(k, c), buffer + c, W * sizeof(T));
     }
-    return {buffer, block_rows};
 }
 
-// The block of g_n in `g`, rows of block_inputs. `buffer` holds 2 * block_positions rows of block_rows.
+// The block of g_n in `g`, rows of block_side. `buffer` holds 2 * block_positions rows of block_side.
 constexpr int64_t block_positions = 256;
 template <class T>
 void gradient_block(T* g, const Rows& a, const Rows& delta, int64_t first, int64_t positions, Block b, T* buffer) {
@@ -141,23 +140,23 @@ void gradient_block(T* g, const Rows& a, const Rows& delta, int64_t first, int64
     int64_t outputs = b.o1 - b.o0, inputs = b.i1 - b.i0;
     for (int64_t t = 0; t < positions; t += block_positions) {
         int64_t depth = least(block_positions, positions - t);
-        Operand<T> d = columns_of(delta, first + t, depth, b.o0, b.o1, outputs % tile_rows == 0, buffer);
-        Operand<T> x =
-            columns_of(a, first + t, depth, b.i0, b.i1, inputs % W == 0, buffer + block_positions * block_rows);
-        for (int64_t j = 0; j < inputs; j += W) {
+        Panels<T> d{buffer, depth, outputs}, x{buffer + block_positions * block_side, depth, inputs};
+        pack_columns(d, delta, first + t, b.o0);
+        pack_columns(x, a, first + t, b.i0);
+        for (int64_t p = 0; p < x.count(); ++p) {
             for (int64_t i = 0; i < outputs; i += tile_rows) {
-                T* target = g + i * block_inputs + j;
+                T* target = g + i * block_side + p * W;
                 Tile<T> tile;
                 if (t > 0) {
                     for (int r = 0; r < tile_rows; ++r) {
                         for (int v = 0; v < tile_vectors; ++v)
-                            tile.acc[r][v] = load(target + r * block_inputs + v * Lanes<T>::width);
+                            tile.acc[r][v] = load(target + r * block_side + v * Lanes<T>::width);
                     }
                 }
-                multiply(tile, t > 0, depth, {d.data + i, d.stride}, {x.data + j, x.stride}, W, {});
+                multiply(tile, d, i, x, p, 0, depth, t > 0);
                 for (int r = 0; r < tile_rows; ++r) {
-                    for (int v = 0; v < tile_vectors; ++v)
-                        store(target + r * block_inputs + v * Lanes<T>::width, tile.acc[r][v]);
+                    for (int v = 0; v < tile.vectors; ++v)
+                        store(target + r * block_side + v * Lanes<T>::width, tile.acc[r][v]);
                 }
             }
         }
@@ -171,15 +170,15 @@ Status gradient_first(const View& out, const View& P, const Rows& a, const Rows&
     constexpr int64_t most_examples = 5 * dot_examples;  // of a block: P is read once for so many
     constexpr int64_t most_parts = 8;  // sums kept apart, so that their order does not follow the threads
     constexpr int64_t dot_rows = 4;    // of a block at a time: a dot tile's operands stay in the L1 cache
-    static_assert(block_inputs % Panels<T>::width == 0, "whole tiles");
+    static_assert(block_side % Panels<T>::width == 0, "whole tiles");
     int64_t Q = P.shape[0], I = a.features, O = delta.features;
-    int64_t columns = ceil_div(I, block_inputs), block_outputs = block_rows;
+    int64_t columns = ceil_div(I, block_side), block_outputs = block_side;
     while (block_outputs > 3 * tile_rows && ceil_div(O, block_outputs) * columns < most_parts) block_outputs /= 2;
     int64_t blocks = ceil_div(O, block_outputs) * columns, parts = least(blocks, most_parts);
-    int64_t size = block_outputs * block_inputs;
+    int64_t size = block_outputs * block_side;
     int64_t examples = least(N, most_examples), rows_n = ceil_div(examples, dot_examples) * dot_examples;
     int64_t rows_q = ceil_div(Q, dot_queries) * dot_queries, size_sums = rows_q * rows_n * lanes;
-    int64_t size_tokens = 2 * block_positions * block_rows, size_queries = dot_queries * dot_rows * block_inputs;
+    int64_t size_tokens = 2 * block_positions * block_side, size_queries = dot_queries * dot_rows * block_side;
     int64_t own = rows_n * size + size_tokens + size_queries;
     Workspace space;
     space.plan<T>(threads * own);
@@ -198,8 +197,8 @@ Status gradient_first(const View& out, const View& P, const Rows& a, const Rows&
             for (int64_t e = 0; e < size_sums; ++e) sum[e] = 0;
             for (int64_t e = count * size; e < padded * size; ++e) g[e] = 0;
             for (int64_t index = part; index < blocks; index += parts) {
-                int64_t o0 = index / columns * block_outputs, i0 = index % columns * block_inputs;
-                Block b{o0, least(O, o0 + block_outputs), i0, least(I, i0 + block_inputs)};
+                int64_t o0 = index / columns * block_outputs, i0 = index % columns * block_side;
+                Block b{o0, least(O, o0 + block_outputs), i0, least(I, i0 + block_side)};
                 for (int64_t n = 0; n < count; ++n)
                     gradient_block(g + n * size, a, delta, (first + n) * positions, positions, b, tokens);
                 int64_t inputs = b.i1 - b.i0, width = ceil_div(inputs, lanes) * lanes;
@@ -208,7 +207,7 @@ Status gradient_first(const View& out, const View& P, const Rows& a, const Rows&
                     for (int64_t q = 0; q < Q; q += dot_queries) {
                         Rows query = matrix_rows(entry(P, q));
                         const T* lying = lying_row<T>(query, o);
-                        Several<T> left{queries, dot_rows * block_inputs, block_inputs};
+                        Several<T> left{queries, dot_rows * block_side, block_side};
                         if (lying != nullptr && inputs == width && Q - q >= dot_queries) {
                             left = {lying + b.i0, P.stride[0], P.stride[1]};
                         } else {
@@ -221,7 +220,7 @@ Status gradient_first(const View& out, const View& P, const Rows& a, const Rows&
                             }
                         }
                         for (int64_t n = 0; n < count; n += dot_examples) {
-                            Several<T> right{g + n * size + (o - b.o0) * block_inputs, size, block_inputs};
+                            Several<T> right{g + n * size + (o - b.o0) * block_side, size, block_side};
                             dot_tile(sum + (q * rows_n + n) * lanes, rows_n * lanes, left, right, rows, width);
                         }
                     }

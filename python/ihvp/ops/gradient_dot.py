@@ -101,9 +101,8 @@ def candidates(
     passes = max(1, N // examples)
     whole = padded(O, 8) * padded(I, 16)
     products, dots = 2 * M * whole, 2 * padded(Q, 4) * padded(N, 6) * O * padded(I, 16)
-    # Columns that do not fill tiles are copied: tokens for every block, and the queries' rows.
-    copies = Q * p * passes * (I % 16 != 0)
-    copies += M * (O * (I // 192 + 1) * (O % 8 != 0) + I * (O // 192 + 1) * (I % 48 != 0))
+    # Tokens are packed for every block of 192 x 192 that they enter; rows of P that are no whole vectors are copied.
+    copies = M * (O * (I // 192 + 1) + I * (O // 192 + 1)) + Q * p * passes * (I % 16 != 0)
     gradient = Candidate(
         "gradient_first",
         products + dots,
