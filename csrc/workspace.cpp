@@ -23,7 +23,7 @@ size_t& capacity(char* block) { return *reinterpret_cast<size_t*>(block); }
 
 }  // namespace
 
-void* borrow_memory(size_t size) {
+void* borrow_memory(size_t size) noexcept {
     char* block = __atomic_exchange_n(&kept, nullptr, __ATOMIC_ACQ_REL);
     if (block != nullptr && capacity(block) >= size) return block + line;
     std::free(block);
@@ -40,7 +40,7 @@ void* borrow_memory(size_t size) {
     return block + line;
 }
 
-void return_memory(void* memory) {
+void return_memory(void* memory) noexcept {
     if (memory == nullptr) return;
     char* block = static_cast<char*>(memory) - line;
     if (capacity(block) <= kept_limit) block = __atomic_exchange_n(&kept, block, __ATOMIC_ACQ_REL);
