@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -199,7 +199,7 @@ def run(quick: bool, threads: int, output: Path | None, only: str) -> None:
     write(output, records)
 
 
-def table(records: list[dict[str, Any]]) -> None:
+def table(records: Sequence[dict[str, Any]]) -> None:
     print(f"\n{'method':<20}{'pyDVL':>12}{'ihvp':>12}{'fit':>12}{'influences':>12}{'ratio':>8}{'goal':>6}")
     for record in records:
         own, theirs = record["ihvp"], record["pydvl"]

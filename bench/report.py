@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import pydvl
+
 Record = dict[str, Any]
 
 LIBRARIES = ("torch.mm", "oneDNN", "OpenBLAS")
@@ -197,6 +199,7 @@ TABLES = {
     "memory": memory,
     "orders": orders,
     "pipeline": pipeline,
+    "pydvl": pydvl.table,
 }
 
 

@@ -100,20 +100,22 @@ void pack_transposed(const Panels<T>& out, int64_t panel, const Rows& in, int64_
     }
 }
 
-// Rows of the source become rows k of the panels: here rows k0..k1, read whole so that each is found once.
+// Rows of the source become rows k of the panels: here rows k0..k1 from a column on, read whole so that each is found
+// once.
 template <class T>
-void pack_straight(const Panels<T>& out, const Rows& in, int64_t first_row, int64_t k0, int64_t k1) {
+void pack_straight(const Panels<T>& out, const Rows& in, int64_t first_row, int64_t k0, int64_t k1,
+                   int64_t first_column = 0) {
     constexpr int64_t W = Panels<T>::width, block = 1024 / W * W;
     if (lies_by_columns(in)) {
         Rows columns = exchanged(in, first_row);
-        for (int64_t p = 0; p < out.count(); ++p) pack_transposed(out, p, columns, 0, k0, k1);
+        for (int64_t p = 0; p < out.count(); ++p) pack_transposed(out, p, columns, first_column, k0, k1);
         return;
     }
     T buffer[block];
     for (int64_t c0 = 0; c0 < out.columns; c0 += block) {
         int64_t count = least(block, out.columns - c0);
         for (int64_t k = k0; k < k1; ++k) {
-            in.read(buffer, first_row + k, c0, c0 + count);
+            in.read(buffer, first_row + k, first_column + c0, first_column + c0 + count);
             for (int64_t c = count; c % W != 0; ++c) buffer[c] = 0;
             for (int64_t c = 0; c < count; c += W) std::memcpy(out.at(k, c0 + c), buffer + c, W * sizeof(T));
         }
@@ -156,18 +158,10 @@ struct Ahead {
     int64_t stride = 0;
 };
 
-// Rows k of an operand: its first column in the tile, and the elements from one row to the next.
-template <class T>
-struct Operand {
-    const T* data;
-    int64_t stride = Lanes<T>::panel;
-};
-
 template <class T, int vectors>
-IHVP_INLINE void multiply(Tile<T>& tile, bool more, int64_t depth, Operand<T> left, Operand<T> right, Ahead ahead) {
-    constexpr int W = Lanes<T>::width;
-    const T* __restrict x = left.data;
-    const T* __restrict y = right.data;
+IHVP_INLINE void multiply(Tile<T>& tile, bool more, int64_t depth, const T* __restrict x, const T* __restrict y,
+                          Ahead ahead) {
+    constexpr int W = Lanes<T>::width, P = Lanes<T>::panel;
     // With nothing to come, what is here already: an address that is not mapped would be looked up each time.
     const char* next = ahead.data != nullptr ? ahead.data : reinterpret_cast<const char*>(y);
     Vec<T> acc[tile_rows][vectors] = {};
@@ -189,8 +183,8 @@ IHVP_INLINE void multiply(Tile<T>& tile, bool more, int64_t depth, Operand<T> le
         }
         __builtin_prefetch(next, 0, 2);
         next += ahead.stride;
-        x += left.stride;
-        y += right.stride;
+        x += P;
+        y += P;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < tile_rows; ++r) {
@@ -199,35 +193,29 @@ IHVP_INLINE void multiply(Tile<T>& tile, bool more, int64_t depth, Operand<T> le
     }
 }
 
-// tile (+)= sum over `depth` rows, `columns` columns of the right operand counting.
-template <class T>
-IHVP_INLINE void multiply(Tile<T>& tile, bool more, int64_t depth, Operand<T> left, Operand<T> right, int64_t columns,
-                          Ahead ahead) {
-    int64_t vectors = ceil_div(columns, Lanes<T>::width);
-    tile.vectors = vectors < tile_vectors ? int(vectors) : tile_vectors;
-    switch (tile.vectors) {
-        case 1:
-            return multiply<T, 1>(tile, more, depth, left, right, ahead);
-#if IHVP_TILE_VECTORS > 2
-        case 2:
-            return multiply<T, 2>(tile, more, depth, left, right, ahead);
-#endif
-#if IHVP_TILE_VECTORS > 3
-        case 3:
-            return multiply<T, 3>(tile, more, depth, left, right, ahead);
-#endif
-        default:
-            return multiply<T, tile_vectors>(tile, more, depth, left, right, ahead);
-    }
-}
-
 // The tile at rows i.. of X's columns and panel p of Y, over the rows k0..k1 of both; `more` adds to it.
 template <class T>
 IHVP_INLINE void multiply(Tile<T>& tile, const Panels<T>& x, int64_t i, const Panels<T>& y, int64_t p, int64_t k0,
                           int64_t k1, bool more = false, Ahead ahead = {}) {
     constexpr int64_t P = Lanes<T>::panel;
-    multiply(tile, more, k1 - k0, Operand<T>{x.at(k0, i)}, Operand<T>{y.data + (p * y.depth + k0) * P},
-             y.columns - p * P, ahead);
+    const T* a = x.at(k0, i);
+    const T* b = y.data + (p * y.depth + k0) * P;
+    int64_t left = ceil_div(y.columns - p * P, Lanes<T>::width);
+    tile.vectors = left < tile_vectors ? int(left) : tile_vectors;
+    switch (tile.vectors) {
+        case 1:
+            return multiply<T, 1>(tile, more, k1 - k0, a, b, ahead);
+#if IHVP_TILE_VECTORS > 2
+        case 2:
+            return multiply<T, 2>(tile, more, k1 - k0, a, b, ahead);
+#endif
+#if IHVP_TILE_VECTORS > 3
+        case 3:
+            return multiply<T, 3>(tile, more, k1 - k0, a, b, ahead);
+#endif
+        default:
+            return multiply<T, tile_vectors>(tile, more, k1 - k0, a, b, ahead);
+    }
 }
 
 // Columns of X that a product keeps in the L2 cache, as many bytes for double as for float.

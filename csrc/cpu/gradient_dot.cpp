@@ -42,10 +42,7 @@ Status query_first(const View& out, const View& P, const Rows& a, const Rows& de
             for (int64_t e = i0 * lanes; e < i1 * lanes; ++e) sums[e] = 0;
             for (int64_t c0 = 0; c0 < I; c0 += group) {
                 Panels<T> part{packed, O, least(group, I - c0)};
-                Rows columns = query;
-                columns.data += c0 * columns.stride_column * element_size(columns.dtype);
-                columns.features = columns.stored = part.columns;
-                pack_straight(part, columns, 0, 0, O);
+                pack_straight(part, query, 0, 0, O, c0);
                 product(d, i0, i1, part, 0, part.count(), [&](const Tile<T>& tile, int64_t i, int64_t j) {
                     int height = int(least(tile_rows, i1 - i));
                     for (int r = 0; r < height; ++r) {
@@ -120,18 +117,6 @@ struct Block {
     int64_t o0, o1, i0, i1;
 };
 
-// Columns c0.. of the positions first.. as panels.
-template <class T>
-void pack_columns(const Panels<T>& out, const Rows& tokens, int64_t first, int64_t c0) {
-    constexpr int64_t W = Panels<T>::width;
-    T buffer[block_side];
-    for (int64_t k = 0; k < out.depth; ++k) {
-        tokens.read(buffer, first + k, c0, c0 + out.columns);
-        for (int64_t c = out.columns; c % W != 0; ++c) buffer[c] = 0;
-        for (int64_t c = 0; c < out.columns; c += W) std::memcpy(out.at(k, c), buffer + c, W * sizeof(T));
-    }
-}
-
 // The block of g_n in `g`, rows of block_side. `buffer` holds 2 * block_positions rows of block_side.
 constexpr int64_t block_positions = 256;
 template <class T>
@@ -141,8 +126,8 @@ void gradient_block(T* g, const Rows& a, const Rows& delta, int64_t first, int64
     for (int64_t t = 0; t < positions; t += block_positions) {
         int64_t depth = least(block_positions, positions - t);
         Panels<T> d{buffer, depth, outputs}, x{buffer + block_positions * block_side, depth, inputs};
-        pack_columns(d, delta, first + t, b.o0);
-        pack_columns(x, a, first + t, b.i0);
+        pack_straight(d, delta, first + t, 0, depth, b.o0);
+        pack_straight(x, a, first + t, 0, depth, b.i0);
         for (int64_t p = 0; p < x.count(); ++p) {
             for (int64_t i = 0; i < outputs; i += tile_rows) {
                 T* target = g + i * block_side + p * W;
