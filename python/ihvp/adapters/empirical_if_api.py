@@ -17,12 +17,13 @@ from torch import Tensor, nn
 import ihvp
 
 ParamFilter = Callable[[str, nn.Parameter], bool]
+Criterion = Callable[..., Tensor]
 Checked = tuple[int, float, float]
 
+CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
 
-def _model(
-    model: nn.Module, param_filter_fn: ParamFilter | None, criterion: Callable[..., Tensor]
-) -> ihvp.InfluenceModel:
+
+def _model(model: nn.Module, param_filter_fn: ParamFilter | None, criterion: Criterion) -> ihvp.InfluenceModel:
     """The layers of which the filter takes a parameter; without a filter all of them."""
     if param_filter_fn is None:
         return ihvp.InfluenceModel(model, criterion)
@@ -59,7 +60,7 @@ class BaseInfluenceFunction(_Queries):
         dl_train: Iterable[Any],
         model: nn.Module,
         param_filter_fn: ParamFilter | None = None,
-        criterion: Callable[..., Tensor] = nn.CrossEntropyLoss(reduction="none"),  # noqa: B008
+        criterion: Criterion = CROSS_ENTROPY,
         *,
         damping: float = 1e-3,
         ihvp_calculator: str = "cgd",
@@ -77,7 +78,7 @@ class TracIn(_Queries):
         dl_train: Iterable[Any],
         model: nn.Module,
         param_filter_fn: ParamFilter | None = None,
-        criterion: Callable[..., Tensor] = nn.CrossEntropyLoss(reduction="none"),  # noqa: B008
+        criterion: Criterion = CROSS_ENTROPY,
         *,
         checkpoints: Sequence[Any] | None = None,
         learning_rates: float | Sequence[float] = 1.0,
@@ -95,7 +96,7 @@ class EmpiricalIF(_Queries):
         dl_train: Iterable[Any],
         model: nn.Module,
         param_filter_fn: ParamFilter | None = None,
-        criterion: Callable[..., Tensor] = nn.CrossEntropyLoss(reduction="none"),  # noqa: B008
+        criterion: Criterion = CROSS_ENTROPY,
         *,
         step: float = 0.1,
     ) -> None:

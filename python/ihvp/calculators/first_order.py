@@ -20,6 +20,7 @@ from ihvp.model import InfluenceModel, Layer, LossFn
 NORMALIZATIONS = ("theta", "loss")
 
 K = TypeVar("K")
+OneDamping = TypeVar("OneDamping", bound=float | str)
 
 
 class FirstOrderInfluenceCalculator(InfluenceCalculator[Queries]):
@@ -130,8 +131,8 @@ class FirstOrderInfluenceCalculator(InfluenceCalculator[Queries]):
         self,
         test_loader: Iterable[Any],
         train_loader: Iterable[Any] | None,
-        dampings: Sequence[float | str],
-    ) -> dict[float | str, dict[str, Tensor]]:
+        dampings: Sequence[OneDamping],
+    ) -> dict[OneDamping, dict[str, Tensor]]:
         """Damping -> block of the curvature -> (Q,N): what `scores_by_block` is with each damping.
 
         The gradients, the factorisation and the pass over the training data are shared; (D Q,N) scores exist at once.

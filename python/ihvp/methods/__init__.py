@@ -14,6 +14,7 @@ from ihvp.methods.harmonic_mean import InverseHarmonicMeanIHVP
 from ihvp.methods.identity import IdentityIHVP
 from ihvp.methods.iterative import ConvergenceError, ConvergenceWarning, IterationReport
 from ihvp.methods.kfac import KFACIHVP
+from ihvp.methods.kronecker import KroneckerIHVP
 from ihvp.methods.lissa import LissaIHVP
 from ihvp.methods.nystroem import NystroemIHVP
 from ihvp.methods.preconditioners import JacobiPreconditioner, NystroemPreconditioner
@@ -35,6 +36,7 @@ __all__ = [
     "InverseHarmonicMeanIHVP",
     "IterationReport",
     "JacobiPreconditioner",
+    "KroneckerIHVP",
     "LissaIHVP",
     "NystroemIHVP",
     "NystroemPreconditioner",

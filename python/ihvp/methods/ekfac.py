@@ -105,10 +105,8 @@ class EKFACIHVP(KroneckerIHVP):
             Lambda = {name: torch.outer(own.values_G, own.values_A).to(dtype) for name, own in eigen.items()}
         self._sums, self._eigen, self._sum_Lambda, self._Lambda = sums, eigen, sum_Lambda, Lambda
 
-    @property
-    def evals(self) -> dict[str, Tensor]:
-        self._check_fitted()
-        return dict(self._Lambda)
+    def _eigenvalues(self, name: str) -> Tensor:
+        return self._Lambda[name]
 
     def _regular(self, name: str, damping: Damping) -> tuple[Eigen, Tensor, float]:
         """The layer's basis, Lambda and damping, after the check that Lambda + damping can be divided by."""

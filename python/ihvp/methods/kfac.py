@@ -82,11 +82,6 @@ class KFACIHVP(KroneckerIHVP):
     def _take(self, sums: dict[str, CovarianceSums], eigen: dict[str, Eigen]) -> None:
         self._sums, self._eigen, self._factors = sums, eigen, {}
 
-    @property
-    def evals(self) -> dict[str, Tensor]:
-        self._check_fitted()
-        return {name: self._eigenvalues(name) for name in self._eigen}
-
     def _eigenvalues(self, name: str) -> Tensor:
         own = self._eigen[name]
         return torch.outer(own.values_G, own.values_A).to(self.model.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,15 @@ class KroneckerIHVP(LayerwiseIHVP):
         """Layer name -> (U_A, U_G), eigenvectors in columns."""
         self._check_fitted()
         return {name: (own.U_A, own.U_G) for name, own in self._eigen.items()}
+
+    @property
+    def evals(self) -> dict[str, Tensor]:
+        """Layer name -> eigenvalues (O,I') in that basis."""
+        self._check_fitted()
+        return {name: self._eigenvalues(name) for name in self._eigen}
+
+    @abstractmethod
+    def _eigenvalues(self, name: str) -> Tensor: ...
 
 
 def check_fisher(fisher: str) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 import ihvp
+from ihvp.adapters.pydvl_api.influence import Influence
 from ihvp.adapters.pydvl_api.translation import (
     CURVATURES,
     BlockMode,
-    ByBlock,
-    Influence,
-    InfluenceMode,
     Loss,
     SecondOrderMode,
     influence_model,
@@ -43,6 +41,8 @@ class ComposableInfluence(Influence):
     regularization: a number, or one for each block by its name; None, or a block left out, is 0.
     block_structure: a BlockMode, or block names -> names of parameters.
     second_order_mode: the Hessian or the Gauss-Newton matrix.
+
+    `make` builds the IHVP object from (model, None, damping, block_structure=).
     """
 
     def __init__(
@@ -51,18 +51,14 @@ class ComposableInfluence(Influence):
         loss: Loss,
         regularization: Regularization,
         block_structure: BlockStructure,
+        make: Callable[..., ihvp.IHVP],
         progress: bool = False,
     ) -> None:
         self.model = model
         self.loss = loss
         self.names = _names(model, block_structure)
         own = influence_model(model, loss, (name for names in self.names.values() for name in names), progress)
-        self._ihvp = self._make(own, self.names, self._damping(regularization))
-
-    @abstractmethod
-    def _make(
-        self, model: ihvp.InfluenceModel, blocks: Mapping[str, list[str]], damping: dict[str, float]
-    ) -> ihvp.IHVP: ...
+        self._ihvp = make(own, None, self._damping(regularization), block_structure=self.names)
 
     def _damping(self, regularization: Regularization) -> dict[str, float]:
         if not isinstance(regularization, Mapping):
@@ -87,26 +83,6 @@ class ComposableInfluence(Influence):
         """Changes this object; what was fitted stays."""
         self._ihvp = self._ihvp.with_damping(self._damping(regularization))
         return self
-
-    def influences_by_block(
-        self,
-        x_test: Tensor,
-        y_test: Tensor,
-        x: Tensor | None = None,
-        y: Tensor | None = None,
-        mode: InfluenceMode = InfluenceMode.Up,
-    ) -> ByBlock:
-        """Block -> its part of `influences`."""
-        return self._influences(x_test, y_test, x, y, mode)
-
-    def influence_factors_by_block(self, x: Tensor, y: Tensor) -> ByBlock:
-        """Block -> (n,p_b)."""
-        return self._factors(x, y)
-
-    def influences_from_factors_by_block(
-        self, z_test_factors: ByBlock, x: Tensor, y: Tensor, mode: InfluenceMode = InfluenceMode.Up
-    ) -> ByBlock:
-        return self._from_factors(z_test_factors, self.names, x, y, mode)
 
 
 def _names(model: nn.Module, structure: BlockStructure) -> dict[str, list[str]]:
@@ -134,13 +110,8 @@ class DirectInfluence(ComposableInfluence):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode = SecondOrderMode.HESSIAN,
     ) -> None:
-        self.second_order_mode = second_order_mode
-        super().__init__(model, loss, regularization, block_structure)
-
-    def _make(
-        self, model: ihvp.InfluenceModel, blocks: Mapping[str, list[str]], damping: dict[str, float]
-    ) -> ihvp.IHVP:
-        return ihvp.ExactIHVP(model, None, damping, CURVATURES[self.second_order_mode.value], block_structure=blocks)
+        make = partial(ihvp.ExactIHVP, curvature=CURVATURES[second_order_mode.value])
+        super().__init__(model, loss, regularization, block_structure, make)
 
 
 class CgInfluence(ComposableInfluence):
@@ -166,29 +137,17 @@ class CgInfluence(ComposableInfluence):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode = SecondOrderMode.HESSIAN,
     ) -> None:
-        self.rtol, self.atol, self.maxiter = rtol, atol, maxiter
-        self.preconditioner = preconditioner
-        self.solve_simultaneously = solve_simultaneously
-        self.warn_on_max_iteration = warn_on_max_iteration
-        self.second_order_mode = second_order_mode
-        super().__init__(model, loss, regularization, block_structure, progress)
-
-    def _make(
-        self, model: ihvp.InfluenceModel, blocks: Mapping[str, list[str]], damping: dict[str, float]
-    ) -> ihvp.IHVP:
-        return ihvp.CgIHVP(
-            model,
-            None,
-            damping,
-            CURVATURES[self.second_order_mode.value],
-            rtol=self.rtol,
-            atol=self.atol,
-            maxiter=self.maxiter,
-            krylov="shared" if self.solve_simultaneously else "separate",
-            preconditioner=self.preconditioner,
-            on_failure="warn" if self.warn_on_max_iteration else "return",
-            block_structure=blocks,
+        make = partial(
+            ihvp.CgIHVP,
+            curvature=CURVATURES[second_order_mode.value],
+            rtol=rtol,
+            atol=atol,
+            maxiter=maxiter,
+            krylov="shared" if solve_simultaneously else "separate",
+            preconditioner=preconditioner,
+            on_failure="warn" if warn_on_max_iteration else "return",
         )
+        super().__init__(model, loss, regularization, block_structure, make, progress)
 
 
 class LissaInfluence(ComposableInfluence):
@@ -208,26 +167,16 @@ class LissaInfluence(ComposableInfluence):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode = SecondOrderMode.HESSIAN,
     ) -> None:
-        self.maxiter, self.dampen, self.scale, self.rtol = maxiter, dampen, scale, rtol
-        self.warn_on_max_iteration = warn_on_max_iteration
-        self.second_order_mode = second_order_mode
-        super().__init__(model, loss, regularization, block_structure, progress)
-
-    def _make(
-        self, model: ihvp.InfluenceModel, blocks: Mapping[str, list[str]], damping: dict[str, float]
-    ) -> ihvp.IHVP:
-        return ihvp.LissaIHVP(
-            model,
-            None,
-            damping,
-            CURVATURES[self.second_order_mode.value],
-            maxiter=self.maxiter,
-            dampen=self.dampen,
-            scale=self.scale,
-            rtol=self.rtol,
-            on_failure="warn" if self.warn_on_max_iteration else "return",
-            block_structure=blocks,
+        make = partial(
+            ihvp.LissaIHVP,
+            curvature=CURVATURES[second_order_mode.value],
+            maxiter=maxiter,
+            dampen=dampen,
+            scale=scale,
+            rtol=rtol,
+            on_failure="warn" if warn_on_max_iteration else "return",
         )
+        super().__init__(model, loss, regularization, block_structure, make, progress)
 
 
 class ArnoldiInfluence(ComposableInfluence):
@@ -249,26 +198,16 @@ class ArnoldiInfluence(ComposableInfluence):
     ) -> None:
         if eigen_computation_on_gpu:
             raise ValueError("eigen_computation_on_gpu must be False: ARPACK runs on the CPU")
-        self.rank, self.krylov_dimension, self.tol, self.max_iter = rank, krylov_dimension, tol, max_iter
-        self.use_woodbury = use_woodbury
-        self.second_order_mode = second_order_mode
-        super().__init__(model, loss, regularization, block_structure)
-
-    def _make(
-        self, model: ihvp.InfluenceModel, blocks: Mapping[str, list[str]], damping: dict[str, float]
-    ) -> ihvp.IHVP:
-        return ihvp.ArnoldiIHVP(
-            model,
-            None,
-            damping,
-            self.rank,
-            CURVATURES[self.second_order_mode.value],
-            krylov_dimension=self.krylov_dimension,
-            tol=self.tol,
-            maxiter=self.max_iter,
-            complement="damped" if self.use_woodbury else "dropped",
-            block_structure=blocks,
+        make = partial(
+            ihvp.ArnoldiIHVP,
+            rank=rank,
+            curvature=CURVATURES[second_order_mode.value],
+            krylov_dimension=krylov_dimension,
+            tol=tol,
+            maxiter=max_iter,
+            complement="damped" if use_woodbury else "dropped",
         )
+        super().__init__(model, loss, regularization, block_structure, make)
 
 
 class NystroemSketchInfluence(ComposableInfluence):
@@ -283,16 +222,8 @@ class NystroemSketchInfluence(ComposableInfluence):
         block_structure: BlockStructure = BlockMode.FULL,
         second_order_mode: SecondOrderMode = SecondOrderMode.HESSIAN,
     ) -> None:
-        self.rank = rank
-        self.second_order_mode = second_order_mode
-        super().__init__(model, loss, regularization, block_structure)
-
-    def _make(
-        self, model: ihvp.InfluenceModel, blocks: Mapping[str, list[str]], damping: dict[str, float]
-    ) -> ihvp.IHVP:
-        return ihvp.NystroemIHVP(
-            model, None, damping, self.rank, CURVATURES[self.second_order_mode.value], block_structure=blocks
-        )
+        make = partial(ihvp.NystroemIHVP, rank=rank, curvature=CURVATURES[second_order_mode.value])
+        super().__init__(model, loss, regularization, block_structure, make)
 
 
 class InverseHarmonicMeanInfluence(ComposableInfluence):
@@ -305,9 +236,4 @@ class InverseHarmonicMeanInfluence(ComposableInfluence):
         regularization: float | Mapping[str, float | None],
         block_structure: BlockStructure = BlockMode.FULL,
     ) -> None:
-        super().__init__(model, loss, regularization, block_structure)
-
-    def _make(
-        self, model: ihvp.InfluenceModel, blocks: Mapping[str, list[str]], damping: dict[str, float]
-    ) -> ihvp.IHVP:
-        return ihvp.InverseHarmonicMeanIHVP(model, None, damping, block_structure=blocks)
+        super().__init__(model, loss, regularization, block_structure, ihvp.InverseHarmonicMeanIHVP)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import ihvp
-from ihvp.adapters.pydvl_api.translation import ByBlock, Influence, InfluenceMode, influence_model, trainable
+from ihvp.adapters.pydvl_api.influence import ByBlock, Influence
+from ihvp.adapters.pydvl_api.translation import influence_model, trainable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,29 +66,14 @@ class EkfacInfluence(Influence):
         self._ihvp.load_state_dict(fitted.state_dict())
         return self
 
-    def influences_by_layer(
-        self,
-        x_test: Tensor,
-        y_test: Tensor,
-        x: Tensor | None = None,
-        y: Tensor | None = None,
-        mode: InfluenceMode = InfluenceMode.Up,
-    ) -> ByBlock:
-        """Layer -> its part of `influences`."""
-        return self._influences(x_test, y_test, x, y, mode)
-
-    def influence_factors_by_layer(self, x: Tensor, y: Tensor) -> ByBlock:
-        """Layer -> (n,p_l)."""
-        return self._factors(x, y)
-
-    def influences_from_factors_by_layer(
-        self, z_test_factors: ByBlock, x: Tensor, y: Tensor, mode: InfluenceMode = InfluenceMode.Up
-    ) -> ByBlock:
-        return self._from_factors(z_test_factors, self.names, x, y, mode)
+    # A block is a layer.
+    influences_by_layer = Influence.influences_by_block
+    influence_factors_by_layer = Influence.influence_factors_by_block
+    influences_from_factors_by_layer = Influence.influences_from_factors_by_block
 
     def explore_hessian_regularization(
         self, x: Tensor, y: Tensor, regularization_values: Sequence[float]
     ) -> dict[float, ByBlock]:
         """Value -> layer -> (n,n), the influences of the data on itself; all values share one rotation."""
         pair = [(x, y)]
-        return self._calculator.explore_damping(pair, pair, regularization_values)  # type: ignore[return-value]
+        return self._calculator.explore_damping(pair, pair, regularization_values)

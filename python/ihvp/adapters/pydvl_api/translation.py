@@ -1,23 +1,17 @@
-"""What both kinds of pyDVL's influence classes translate: modes, losses, flat vectors, the four ways to ask."""
+"""pyDVL's modes, losses and flat vectors, as ihvp has them."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from enum import Enum
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 import ihvp
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 Loss = Callable[[Tensor, Tensor], Tensor]
 Vectors = dict[str, Tensor]
-ByBlock = dict[str, Tensor]
 
 
 class InfluenceMode(str, Enum):
@@ -90,94 +84,3 @@ def check_factors(model: ihvp.InfluenceModel, z: Tensor, names: Iterable[str]) -
     if z.dim() != 2 or z.shape[1] != sum(sizes):
         raise ValueError(f"factors must be (n,p) with p={sum(sizes)}, got {tuple(z.shape)}")
     return sizes
-
-
-class Influence(ABC):
-    """fit, influences, influence_factors and influences_from_factors, each also block by block."""
-
-    model: nn.Module
-    names: Mapping[str, list[str]]
-    """Block -> names of its parameters."""
-    _ihvp: ihvp.IHVP
-
-    @abstractmethod
-    def fit(self, data: Iterable[Any]) -> Self: ...
-
-    @property
-    def is_fitted(self) -> bool:
-        return self._ihvp.is_fitted
-
-    @property
-    def n_parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-
-    def influences(
-        self,
-        x_test: Tensor,
-        y_test: Tensor,
-        x: Tensor | None = None,
-        y: Tensor | None = None,
-        mode: InfluenceMode = InfluenceMode.Up,
-    ) -> Tensor:
-        """+ <H^-1 g_test, g_n>: (n_test, n_train), or (n_test, n_train, *x). Without x and y the test data is both."""
-        test, train = _pairs(x_test, y_test, x, y)
-        if InfluenceMode(mode) is InfluenceMode.Perturbation:
-            return self._calculator.perturbation([test], [train])
-        if len(test[0]) <= len(train[0]):
-            return self._calculator.scores([test], [train])
-        return self._calculator.scores([train], [test]).T
-
-    def influence_factors(self, x: Tensor, y: Tensor) -> Tensor:
-        """H^-1 g of each example, (n,p): the blocks one after the other, each parameter by parameter."""
-        return torch.cat(list(self._factors(x, y).values()), dim=1)
-
-    def influences_from_factors(
-        self, z_test_factors: Tensor, x: Tensor, y: Tensor, mode: InfluenceMode = InfluenceMode.Up
-    ) -> Tensor:
-        names = [name for own in self.names.values() for name in own]
-        return self._from_factors({"": z_test_factors}, {"": names}, x, y, mode)[""]
-
-    def _influences(
-        self, x_test: Tensor, y_test: Tensor, x: Tensor | None, y: Tensor | None, mode: InfluenceMode
-    ) -> ByBlock:
-        test, train = _pairs(x_test, y_test, x, y)
-        if InfluenceMode(mode) is InfluenceMode.Up and len(test[0]) > len(train[0]):
-            return {block: own.T for block, own in self._influences(*train, *test, mode).items()}
-        return self._from_factors(self._factors(*test), self.names, *train, mode)
-
-    def _factors(self, x: Tensor, y: Tensor) -> ByBlock:
-        P = self._ihvp.compute_ihvp([(x, y)])
-        return {block: flat(self._ihvp.model, P, own) for block, own in self.names.items()}
-
-    def _from_factors(
-        self, z: ByBlock, names: Mapping[str, list[str]], x: Tensor, y: Tensor, mode: InfluenceMode
-    ) -> ByBlock:
-        model = self._ihvp.model
-        if set(z) != set(names):
-            raise ValueError(f"factors must have the blocks {', '.join(map(repr, names))}, got {', '.join(z)}")
-        if InfluenceMode(mode) is InfluenceMode.Perturbation:
-            batch = model.batch((x, y))
-            return {
-                block: ihvp.input_gradients(model, matrices(model, z[block], own), batch)
-                for block, own in names.items()
-            }
-        g = ihvp.IdentityIHVP(model).compute_ihvp([(x, y)])
-        for block, own in names.items():
-            check_factors(model, z[block], own)
-        return {block: z[block].to(model.device, model.dtype) @ flat(model, g, own).T for block, own in names.items()}
-
-    @property
-    def _calculator(self) -> ihvp.FirstOrderInfluenceCalculator:
-        if not self.is_fitted:
-            raise RuntimeError(f"{type(self).__name__} is not fitted; call fit(data)")
-        return ihvp.FirstOrderInfluenceCalculator(self._ihvp.model, None, self._ihvp)
-
-
-def _pairs(
-    x_test: Tensor, y_test: Tensor, x: Tensor | None, y: Tensor | None
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    if x is None and y is None:
-        return (x_test, y_test), (x_test, y_test)
-    if x is None or y is None:
-        raise ValueError(f"x and y must be given together, got {'y' if x is None else 'x'} alone")
-    return (x_test, y_test), (x, y)
