@@ -8,6 +8,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from ihvp.ops._registry import Op, _ops
@@ -53,11 +54,8 @@ def forced(name: str, order: str) -> Iterator[None]:
         asked.append(order)
         return order
 
-    Op.best = best  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(Op, "best", best):
         yield
-    finally:
-        Op.best = plain  # type: ignore[method-assign]
     if not asked:
         raise SystemExit(f"order {order!r} was not forced: the op did not ask its cost model")
 

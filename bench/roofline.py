@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from ihvp import _native
 
@@ -35,7 +37,7 @@ def rates(count: int, effort: Effort) -> dict[str, float]:
     with threads(count):
         source, target = torch.ones(COPIED // 4), torch.empty(COPIED // 4)
         peaks = {kind: Peak(kind, count) for kind in kinds}
-        copy = lambda: target.copy_(source)  # noqa: E731
+        copy = partial(target.copy_, source)
         first = {kind: peak.first for kind, peak in peaks.items()} | {"copy": once(copy)[1]}
         timings = race({**peaks, "copy": copy}, first, effort)
     found = {kind: peak.rate(timings[kind]) for kind, peak in peaks.items()}

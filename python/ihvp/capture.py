@@ -41,7 +41,8 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, root: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
         ctx.receive = receive
-        return torch.ops.aten._unsafe_view(output, output.shape)  # type: ignore[no-any-return]
+        result: Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+        return result
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None]:

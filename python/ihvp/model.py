@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -141,8 +141,8 @@ class InfluenceModel:
         """One pass over a loader: (what it yields, the Batch of it). Raises ValueError when it yields nothing."""
         seen = False
         try:
-            total = len(loader)  # type: ignore[arg-type]
-        except TypeError:  # an iterator, a DataLoader of a stream
+            total = len(loader) if isinstance(loader, Sized) else None
+        except TypeError:  # a DataLoader of a stream
             total = None
         disable = None if self.progress is None else not self.progress
         for raw in tqdm(iter(loader), desc=description, total=total, disable=disable, leave=False):

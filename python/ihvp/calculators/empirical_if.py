@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ class EmpiricalInfluence(InfluenceCalculator[Steps]):
             own = chosen[(chosen >= seen) & (chosen < seen + batch.size)]
             if len(own):
                 rows = (own - seen).to(self.model.device)
-                one = self._ready(batch.map(lambda x, rows=rows: x[rows]), index)  # type: ignore[misc]
+                one = self._ready(batch.map(itemgetter(rows)), index)
                 scores = SIGNS[self.sign] * self._scored(one, query, index)
                 reverse |= dict(zip(own.tolist(), scores[:, 0].tolist(), strict=True))
             seen += batch.size

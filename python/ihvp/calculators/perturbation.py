@@ -43,7 +43,8 @@ def input_gradients(model: InfluenceModel, P: Vectors, batch: Batch, *, index: i
                 outputs = torch.func.functional_call(model.net, weights, own.args, dict(own.kwargs))
                 return model.losses(outputs, own, own.targets).sum()
 
-            return torch.func.grad(loss)(weights)  # type: ignore[no-any-return]
+            found: dict[str, Tensor] = torch.func.grad(loss)(weights)
+            return found
 
         pull_back = torch.func.vjp(gradient, x)[1]
         directions = {
@@ -54,7 +55,8 @@ def input_gradients(model: InfluenceModel, P: Vectors, batch: Batch, *, index: i
         if not len(next(iter(P.values()))):
             return x.new_zeros(0, *x.shape)
         pulled = torch.vmap(lambda one: pull_back(one)[0], chunk_size=CHUNK, randomness="same")
-        return pulled(directions).detach()  # type: ignore[no-any-return]
+        found: Tensor = pulled(directions)
+        return found.detach()
 
 
 def input_of(batch: Batch, index: int) -> tuple[Tensor, Callable[[Tensor], Batch]]:

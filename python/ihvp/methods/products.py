@@ -221,7 +221,7 @@ class _Bytes(TorchDispatchMode):
     """Counts the bytes of all results: a bound on what a linearised batch holds."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        TorchDispatchMode.__init__(self)
         self.nbytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -102,8 +102,8 @@ def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
             yield from _tensors(arg)
 
 
-class _ExplanationFound(Exception):  # noqa: N818
-    """Carries an explanation out of an op's function, past what it would do with a result."""
+class _ExplanationFound(BaseException):
+    """Carries an explanation out of an op's function, past what it would do with a result or an error."""
 
     def __init__(self, explanation: Explanation) -> None:
         super().__init__()

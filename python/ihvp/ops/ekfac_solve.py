@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,8 @@ def ekfac_solve(V: Tensor, U_A: Tensor, U_G: Tensor, Lambda: Tensor, damping: fl
     check_shape("U_G", U_G, "(O,O)", (O, O))
     check_shape("Lambda", Lambda, "(O,I')", (O, I))
     several = isinstance(damping, (list, tuple))
-    values = [check_number("damping", value) for value in (damping if several else [damping])]  # type: ignore[union-attr]
+    given: Any = damping if several else [damping]
+    values = [check_number("damping", value) for value in given]
     if any(value < 0 for value in values):
         raise ValueError(f"damping must not be negative, got {damping}")
     out: Tensor = _op(V if V.dim() == 3 else V.unsqueeze(0), U_A, U_G, Lambda, values)
