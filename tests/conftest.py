@@ -15,7 +15,8 @@ hypothesis.settings.load_profile("ihvp")
 
 @pytest.fixture(autouse=True)
 def process_state() -> Iterator[None]:
-    """Every test begins with the best instruction set, and with one thread: most are too small to share."""
+    """Every test begins with the same seed, the best instruction set and one thread: most are too small to share."""
+    torch.manual_seed(0)
     isa, threads = _native.isa(), torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -18,6 +18,7 @@ from torch import Tensor
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (F32, F64, BF16, F16)
+LAYOUTS = ("contiguous", "transposed", "strided", "expanded")
 
 # N, M examples; T, S positions; I, O features; J = I', with the bias feature; Q queries of rank R.
 DIMS = {"N": 5, "M": 3, "T": 4, "S": 2, "I": 7, "O": 3, "Q": 3, "R": 2, "1": 1}
@@ -228,3 +229,17 @@ def make(
         arguments[name] = values[other]
     ordered = {name: arguments[name] for name in (*spec.shapes, *arguments)}
     return Call(op, ordered, math.prod(size(" ".join(spec.sums), dims, bias)))
+
+
+# --- checking calls -----------------------------------------------------------------------------------------------
+
+
+def run(call: Call) -> None:
+    """The values of the formula, operands untouched, and an in-place op returns its target."""
+    call, want = call.fresh(), call.formula()
+    operands = {name: x.clone() for name, x in call.arguments.items() if isinstance(x, Tensor) and x is not call.target}
+    result = call()
+    call.check(result, want)
+    assert call.target is None or result is call.target
+    for name, before in operands.items():
+        assert torch.equal(call.arguments[name].nan_to_num(), before.nan_to_num()), f"{name} changed"

@@ -1,58 +1,20 @@
-"""The one loop with hooks: what reaches the sink, what is run for it, and that the net stays as it was."""
+"""The one loop with hooks: what reaches the sink."""
 
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from capture_cases import N, captured, ignore, labels, mask, x
 from ihvp import Batch, InfluenceModel
 from ihvp.capture import capture
-from nets import F64, Vectors, assert_near, chain, cross_entropy, gradients, losses, pooled, squared_error, tokens
+from nets import F64, assert_near, chain, cross_entropy, gradients, losses, pooled, squared_error, tokens
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
-
-N = 5
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
-def captured(model: InfluenceModel, batch: Batch) -> Vectors:
-    """Per-example gradients from what the sink is handed, each layer once."""
-    g: Vectors = {}
-
-    def sink(layer: Any, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
-        assert layer.name not in g
-        assert a.shape[:2] == delta.shape[:2] and not a.requires_grad and not delta.requires_grad
-        if mask is not None:
-            assert mask.shape == a.shape[:2] and mask.dtype == torch.bool
-            a, delta = (x.masked_fill(~mask.unsqueeze(-1), 0) for x in (a, delta))
-        if layer.bias:
-            real = torch.ones(a.shape[:2]) if mask is None else mask
-            a = torch.cat([a, real.to(a.dtype).unsqueeze(-1)], dim=-1)
-        g[layer.name] = torch.einsum("nto,nti->noi", delta, a)
-
-    capture(model, batch, sink)
-    return g
-
-
-def ignore(layer: Any, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
-    pass
-
-
-def x(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=F64)
-
 
 # --- nets --------------------------------------------------------------------------------------------------------
 
@@ -119,14 +81,6 @@ class Case:
     batch: Callable[[], Any]
     loss_fn: Callable[[Any, Any], Tensor] = cross_entropy
     options: dict[str, Any] = field(default_factory=dict)
-
-
-def labels(*shape: int) -> Tensor:
-    return torch.randint(3, shape)
-
-
-def mask(*shape: int) -> Tensor:
-    return torch.rand(shape) > 0.4
 
 
 CASES = {
@@ -323,281 +277,7 @@ def test_losses_come_back() -> None:
     assert not got.requires_grad
 
 
-# --- which layers ------------------------------------------------------------------------------------------------
-
-
-class Blocks(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 4)
-        self.blocks = nn.ModuleList(nn.ModuleDict({"mlp": nn.Linear(4, 4), "norm": nn.LayerNorm(4)}) for _ in range(3))
-        self.head = nn.Linear(4, 3)
-
-
-MLPS = ["blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp"]
-CHOICES: list[tuple[dict[str, Any], list[str]]] = [
-    ({"layers": ["head"]}, ["head"]),
-    ({"layers": ["head", "blocks.1.mlp"]}, ["blocks.1.mlp", "head"]),  # in the order of the net
-    ({"layers": ["blocks.*.mlp"]}, MLPS),
-    ({"layers": ["blocks.[02].mlp", "head"]}, [MLPS[0], MLPS[2], "head"]),
-    ({"layers": [nn.Linear]}, [*MLPS, "head"]),
-    ({"layers": [nn.Linear, "head"]}, [*MLPS, "head"]),
-    ({"layers": [nn.Linear], "start_layer": "blocks.2.mlp"}, [MLPS[2], "head"]),
-    ({"layers": [nn.Linear], "start_layer": 1, "last_layer": -2}, MLPS[1:]),
-    ({"layers": [nn.Linear], "start_layer": -1}, ["head"]),
-    ({"layers": [nn.Linear], "last_layer": "blocks.0.mlp"}, MLPS[:1]),
-    ({"layers": [nn.Linear], "start_layer": "blocks.1.mlp", "last_layer": 1}, [MLPS[1]]),
-]
-
-
-@pytest.mark.parametrize(("options", "names"), CHOICES)
-def test_layers_by_name_pattern_type_and_ends(options: dict[str, Any], names: list[str]) -> None:
-    model = InfluenceModel(Blocks(), cross_entropy, **options)
-    assert list(model.layers) == names
-    assert model.nb_params == sum(15 if name == "head" else 20 for name in names)
-    assert list(model.weights) == [f"{name}.{key}" for name in names for key in ("weight", "bias")]
-    assert all(model.weights[name] is p for name, p in model.net.named_parameters() if name in model.weights)
-
-
-# --- the net stays as it was -------------------------------------------------------------------------------------
-
-
-class Counting(nn.Module):
-    """A net whose forward pass changes a buffer, in place or by assigning another tensor, and may fail."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.drop, self.last = nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 3)
-        self.norm = nn.BatchNorm1d(4, affine=False)
-        self.register_buffer("calls", torch.zeros(()))
-        self.assigns = self.fails = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.assigns:
-            self.calls = self.calls + 1
-        else:
-            self.calls += 1
-        h = self.first(x)
-        if self.fails:
-            raise KeyError("net")
-        return self.last(self.drop(self.norm(h)))
-
-
-HOOKS = [name for name in vars(nn.Module()) if "hooks" in name]
-
-
-def snapshot(net: nn.Module) -> dict[str, Any]:
-    state: dict[str, Any] = {}
-    for name, p in net.named_parameters():
-        state[f"{name} requires_grad"], state[f"{name} grad"] = p.requires_grad, p.grad
-        state[name] = p.detach().clone()
-    for name, b in net.named_buffers():
-        state[name] = b.clone()
-    for name, module in net.named_modules():
-        state[f"{name} training"] = module.training
-        state[f"{name} hooks"] = [list(getattr(module, hooks)) for hooks in HOOKS]
-        state[f"{name} forward"] = vars(module).get("forward")
-    return state
-
-
-@contextlib.contextmanager
-def unchanged(net: nn.Module) -> Iterator[None]:
-    before = snapshot(net)
-    yield
-    after = snapshot(net)
-    assert before.keys() == after.keys()
-    for key, value in before.items():
-        same = torch.equal(value, after[key]) if isinstance(value, Tensor) else value == after[key]
-        assert same, f"{key}: {value} became {after[key]}"
-
-
-def counting(training: bool) -> Counting:
-    net = Counting().double().train(training)
-    net.norm.eval()
-    net.first.bias.requires_grad_(False)
-    net.last.weight.grad = torch.ones_like(net.last.weight)
-    net.first.register_forward_hook(lambda module, args, output: None)
-    return net
-
-
-def fails(*args: Any) -> Tensor:
-    raise KeyError("here")
-
-
-FAILURES: dict[str, tuple[bool, Any, Any, type[BaseException] | None]] = {
-    "nothing": (False, cross_entropy, ignore, None),
-    "the net": (True, cross_entropy, ignore, KeyError),
-    "the loss": (False, fails, ignore, KeyError),
-    "the sink": (False, cross_entropy, fails, KeyError),
-    "a scalar loss": (False, lambda outputs, targets: outputs.sum(), ignore, ValueError),
-    "a loss that is not finite": (False, lambda outputs, targets: outputs.sum(1) / 0, ignore, FloatingPointError),
-    "a loss of something else": (False, lambda outputs, targets: torch.ones(N), ignore, ValueError),
-}
-
-
-@pytest.mark.parametrize("failure", FAILURES)
-def test_net_stays_as_it_was_whatever_fails(failure: str) -> None:
-    net_fails, loss_fn, sink, error = FAILURES[failure]
-    net = counting(training=True)
-    net.fails = net_fails
-    model = InfluenceModel(net, loss_fn)
-    with unchanged(net), contextlib.ExitStack() as stack:
-        if error is not None:
-            stack.enter_context(pytest.raises(error))
-        capture(model, Batch(args=(x(N, 4),), targets=labels(N)), sink)
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("assigns", [True, False], ids=["assigned", "in place"])
-def test_buffers_stay_as_they_were(assigns: bool, training: bool) -> None:
-    net = counting(training)
-    net.assigns, buffers = assigns, dict(net.named_buffers())
-    with unchanged(net):
-        capture(InfluenceModel(net, cross_entropy), Batch(args=(x(N, 4),), targets=labels(N)), ignore)
-    assert all(b is buffers[name] for name, b in net.named_buffers())
-
-
-def test_no_parameter_collects_a_gradient_and_the_next_training_step_is_as_ever() -> None:
-    net = chain(4, 5, 3).double()
-    inputs, targets = x(N, 4), labels(N)
-    want = torch.autograd.grad(cross_entropy(net(inputs), targets).sum(), list(net.parameters()))
-    capture(InfluenceModel(net, cross_entropy), Batch(args=(inputs,), targets=targets), ignore)
-    assert all(p.grad is None for p in net.parameters())
-    cross_entropy(net(inputs), targets).sum().backward()
-    for p, g in zip(net.parameters(), want, strict=True):
-        assert p.grad is not None and torch.equal(p.grad, g)
-
-
-def test_batch_normalisation_in_training_mode_is_refused() -> None:
-    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, affine=False))
-    with unchanged(net), pytest.raises(ValueError, match=r"'1' \(BatchNorm1d\) is in training mode.*net\.eval\(\)"):
-        capture(InfluenceModel(net, cross_entropy), Batch(args=(torch.randn(N, 4),), targets=labels(N)), ignore)
-
-
-# --- what is run -------------------------------------------------------------------------------------------------
-
-
-class Products(TorchDispatchMode):
-    """Counts matrix products as they are dispatched."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm", "mv", "linear", "matmul")
-        return func(*args, **(kwargs or {}))
-
-
-class Fork(nn.Module):
-    """Two first layers that meet, and two above them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right = nn.Linear(4, 5), nn.Linear(4, 5, bias=False)
-        self.middle, self.out = nn.Linear(5, 5, bias=False), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.middle(self.left(x).tanh() * self.right(x)).tanh())
-
-
-# One product for each layer's forward pass, one back to the input of each that is above a first tracked one.
-PRODUCTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], int]] = {
-    "all of three": (lambda: chain(4, 5, 5, 3), {}, 3 + 2),
-    "without bias": (lambda: chain(4, 5, 5, 3, bias=False), {}, 3 + 2),
-    "the last": (lambda: chain(4, 5, 5, 3), {"start_layer": -1}, 3 + 0),
-    "the second": (lambda: chain(4, 5, 5, 3), {"layers": ["2"]}, 3 + 1),
-    "two first layers": (Fork, {}, 4 + 2),
-}
-
-
-@pytest.mark.parametrize("T", [None, 6])
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_no_weight_gradient_product_is_run(name: str, T: int | None) -> None:
-    net, options, expected = PRODUCTS[name]
-    shape = (N,) if T is None else (N, T)
-    model = InfluenceModel(net(), cross_entropy, **options)
-    with Products() as products:
-        capture(model, Batch(args=(torch.randn(*shape, 4),), targets=labels(*shape)), ignore)
-    assert products.count == expected
-
-
-def test_each_layer_is_handed_over_once_from_the_top_down() -> None:
-    order: list[str] = []
-    model = InfluenceModel(chain(4, 5, 5, 3), cross_entropy)
-    capture(model, Batch(args=(torch.randn(N, 4),), targets=labels(N)), lambda layer, *_: order.append(layer.name))
-    assert order == ["4", "2", "0"]
-
-
-def test_what_was_handed_over_is_let_go() -> None:
-    """When the backward pass reaches a layer, inputs and gradients of those above it are free."""
-    model = InfluenceModel(chain(4, 5, 5, 3), cross_entropy)
-    alive: dict[str, weakref.ref[Any]] = {}
-
-    def sink(layer: Any, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
-        assert [name for name, storage in alive.items() if storage() is not None] == []
-        alive[f"{layer.name} a"] = weakref.ref(a.untyped_storage())
-        alive[f"{layer.name} delta"] = weakref.ref(delta.untyped_storage())
-
-    capture(model, Batch(args=(torch.randn(N, 4),), targets=labels(N)), sink)
-    assert len(alive) == 6
-
-
-class Checkpointed(nn.Module):
-    """Recomputes the parts named in the backward pass; `counts` are the calls of each part."""
-
-    def __init__(self, parts: tuple[int, ...]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.parts = nn.ModuleList(chain(4, 4, 4) for _ in range(3))
-        self.recomputed = parts
-        self.counts: Counter[int] = Counter()
-
-    def forward(self, x: Tensor) -> Tensor:
-        for i, part in enumerate(self.parts):
-
-            def run(x: Tensor, i: int = i, part: nn.Module = part) -> Tensor:
-                self.counts[i] += 1
-                return part(x).tanh()
-
-            x = checkpoint(run, x, use_reentrant=False) if i in self.recomputed else run(x)
-        return x
-
-
-@pytest.mark.parametrize("parts", [(1,), (2,), (1, 2), (0,), (0, 1, 2)], ids=str)
-@pytest.mark.parametrize("options", [{}, {"start_layer": "parts.1.0"}], ids=["all", "some"])
-def test_activation_checkpoints_change_nothing(parts: tuple[int, ...], options: dict[str, Any]) -> None:
-    batch = Batch(args=(x(N, 6, 4),), targets=labels(N, 6))
-    want = gradients(InfluenceModel(Checkpointed(()).double(), cross_entropy, **options), batch)
-    net = Checkpointed(parts).double()
-    got = captured(InfluenceModel(net, cross_entropy, **options), batch)
-    assert got.keys() == want.keys()
-    for name in want:
-        assert_near(got[name], want[name])
-    first = 1 if options else 0  # what lies before the first tracked layer is not part of the graph
-    assert net.counts == {i: 2 if i in parts and i >= first else 1 for i in range(3)}
-
-
 # --- what is refused ---------------------------------------------------------------------------------------------
-
-
-class Overwriting(nn.Module):
-    """Changes the input of a layer in place after the layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.first(x)
-        y = self.second(h)
-        return y + h.mul_(2)
-
-
-def test_input_changed_in_place_is_refused_by_name() -> None:
-    net = Overwriting()
-    with unchanged(net), pytest.raises(RuntimeError, match=r"input of layer 'second' was changed in place"):
-        capture(InfluenceModel(net, squared_error), Batch(args=(torch.randn(N, 4),), targets=torch.zeros(N, 4)), ignore)
 
 
 class Routed(nn.Module):
