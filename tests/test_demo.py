@@ -8,26 +8,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from ihvp import _native, demo
+from ihvp import _native
 from ihvp.__main__ import main
+from ihvp.demo import DemoResult, digits, measures, run
 from ihvp.ops._registry import implementations
 from matplotlib.image import imread
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> demo.DemoResult:
-    return demo.run(quick=True, output=tmp_path_factory.mktemp("demo") / "new" / "folder", seed=0)
+def result(tmp_path_factory: pytest.TempPathFactory) -> DemoResult:
+    return run(quick=True, output=tmp_path_factory.mktemp("demo") / "new" / "folder", seed=0)
 
 
-def test_self_influence_finds_the_flipped_labels(result: demo.DemoResult) -> None:
+def test_self_influence_finds_the_flipped_labels(result: DemoResult) -> None:
     assert result.test_accuracy > 0.85
     assert result.auc > 0.9
     assert result.recall > 0.75
 
 
-@pytest.mark.parametrize("reference", demo.REFERENCES, ids=str)
+@pytest.mark.parametrize("reference", measures.REFERENCES, ids=str)
 def test_ekfac_is_nearer_to_the_exact_scores_than_no_curvature(
-    result: demo.DemoResult, reference: demo.Reference
+    result: DemoResult, reference: measures.Reference
 ) -> None:
     own = {one.method: one for one in result.agreements if one.reference == reference}
     assert own["EKFAC"].pearson > own["identity"].pearson + 0.1
@@ -35,7 +36,7 @@ def test_ekfac_is_nearer_to_the_exact_scores_than_no_curvature(
     assert result.correlation > 0.45
 
 
-def test_the_figure_is_not_blank(result: demo.DemoResult) -> None:
+def test_the_figure_is_not_blank(result: DemoResult) -> None:
     pixels = torch.from_numpy(imread(result.figure))[..., :3]
     assert min(pixels.shape[:2]) > 500
     dark, red = pixels.max(2).values < 0.2, (pixels[..., 0] > 0.6) & (pixels[..., 1] < 0.2)
@@ -43,7 +44,7 @@ def test_the_figure_is_not_blank(result: demo.DemoResult) -> None:
     assert bool(red.any()), "no flipped label is marked"
 
 
-def test_every_step_is_timed(result: demo.DemoResult) -> None:
+def test_every_step_is_timed(result: DemoResult) -> None:
     assert all(seconds > 0 for seconds in result.seconds.values())
     assert {"train the network", "fit EKFAC", "compare with exact scores"} <= set(result.seconds)
 
@@ -51,7 +52,7 @@ def test_every_step_is_timed(result: demo.DemoResult) -> None:
 def test_the_same_seed_gives_the_same_network_and_leaves_the_generator_alone() -> None:
     state = torch.get_rng_state()
     weights = [
-        torch.nn.utils.parameters_to_vector(demo.train(demo.load(200, seed), 2, seed).parameters())
+        torch.nn.utils.parameters_to_vector(digits.train(digits.load(200, seed), 2, seed).parameters())
         for seed in (3, 3, 4)
     ]
     assert torch.equal(weights[0], weights[1])
@@ -60,19 +61,19 @@ def test_the_same_seed_gives_the_same_network_and_leaves_the_generator_alone() -
 
 
 def test_flips_are_wrong_labels_of_the_training_data() -> None:
-    digits = demo.load(400, 0)
-    assert int(digits.flipped.sum()) == round(demo.FLIPPED * 400)
-    assert set(digits.train_y.tolist()) == set(range(10))
+    data = digits.load(400, 0)
+    assert int(data.flipped.sum()) == round(digits.FLIPPED * 400)
+    assert set(data.train_y.tolist()) == set(range(10))
 
 
 def test_detection_and_correlation_of_known_cases() -> None:
     flipped = torch.arange(20) < 2
-    assert demo.detection(-torch.arange(20.0), flipped) == demo.Detection(auc=1.0, recall=1.0)
-    assert demo.detection(torch.arange(20.0), flipped) == demo.Detection(auc=0.0, recall=0.0)
+    assert measures.detection(-torch.arange(20.0), flipped) == measures.Detection(auc=1.0, recall=1.0)
+    assert measures.detection(torch.arange(20.0), flipped) == measures.Detection(auc=0.0, recall=0.0)
     x = torch.tensor([[1.0, 2.0, 4.0], [3.0, 1.0, 2.0]])
-    assert demo.correlation(x, 3 * x + 1) == pytest.approx(1)
-    assert demo.correlation(x, -x) == pytest.approx(-1)
-    assert demo.correlation(demo.ranks(x), demo.ranks(x.exp())) == pytest.approx(1)
+    assert measures.correlation(x, 3 * x + 1) == pytest.approx(1)
+    assert measures.correlation(x, -x) == pytest.approx(-1)
+    assert measures.correlation(measures.ranks(x), measures.ranks(x.exp())) == pytest.approx(1)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -101,7 +102,7 @@ def test_wrong_arguments_exit_non_zero(arguments: tuple[str, ...], capsys: pytes
 def test_a_missing_package_is_named_with_the_way_out(
     missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == missing or name == "ihvp.demo"]:
+    for name in [name for name in sys.modules if name.startswith((missing, "ihvp.demo"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit, match=rf"{missing}.* pip install 'ihvp\[demo\]'"):
