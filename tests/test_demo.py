@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from ihvp import _native
-from ihvp.__main__ import main
+from ihvp.__main__ import info, main
 from ihvp.demo import DemoResult, digits, measures, run
+from ihvp.ops import _gpu
 from ihvp.ops._registry import implementations
 from matplotlib.image import imread
 
@@ -88,6 +89,17 @@ def test_info_lists_every_op_and_the_chosen_instruction_set() -> None:
     assert set(rows) == set(implementations())
     assert rows["gradient_dot"][:2] == ["yes", "yes"]
     assert all(name in done.stdout for name in _native.isas())
+
+
+def test_info_shows_the_record_of_the_kernels_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = {"speedup": 3.14, "sources": _gpu.sources("triton")}
+    record = {"sm_90": {"ghost_norm": {"triton": passed}, "ghost_dot": {"triton": passed | {"sources": "other"}}}}
+    monkeypatch.setattr(_gpu, "record", lambda: record)
+    monkeypatch.setattr(_gpu, "installed", lambda implementation: implementation == "triton")
+    rows = [line.split(maxsplit=3) for line in info().splitlines()]
+    assert ["ghost_norm", "yes", "yes", "sm_90 3.1x  -"] in rows
+    assert ["ghost_dot", "yes", "yes", "unproven    -"] in rows, "of other sources"
+    assert ["proven", "on", "sm_90"] in rows
 
 
 @pytest.mark.parametrize("arguments", [(), ("fly",), ("demo", "--fast"), ("demo", "--seed", "x")], ids=str)

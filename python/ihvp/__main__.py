@@ -40,6 +40,7 @@ def info() -> str:
         "triton": importlib.metadata.version("triton") if _gpu.installed("triton") else "not installed",
         "CUDA kernels": _cuda_kernels(),
         "CUDA devices": ", ".join(_cuda_devices()) or "none",
+        "proven on": ", ".join(sorted(_gpu.record())) or "no GPU yet: unproven kernels run by ihvp.use alone",
     }
     present = implementations()
     rows = [
@@ -58,11 +59,11 @@ def _instruction_sets() -> list[str]:
 
 
 def _state(op: str, implementation: str) -> str:
-    """Of a kernel for GPUs, the device classes where it passed its tests; elsewhere it runs by `use` alone."""
+    """Of a kernel for GPUs, the device classes where it passed its tests, and its speed over the reference there."""
     if implementation not in GPU:
         return "yes"
-    passed = [kind for kind in sorted(_gpu.record()) if implementation in _gpu.speedups(op, kind)]
-    return ", ".join(passed) if passed else "unproven"
+    speeds = {kind: _gpu.speedups(op, kind).get(implementation) for kind in sorted(_gpu.record())}
+    return ", ".join(f"{kind} {speed:.1f}x" for kind, speed in speeds.items() if speed is not None) or "unproven"
 
 
 def _cuda_kernels() -> str:
@@ -70,7 +71,12 @@ def _cuda_kernels() -> str:
         return "not built"
     from ihvp import _cuda
 
-    return f"for {_cuda.architectures()}"
+    # CMake's words: "80-real" is machine code, "90" that and PTX, which newer devices compile.
+    names = [
+        f"sm_{name.removesuffix('-real')}" + ("" if name.endswith("-real") else " and newer")
+        for name in _cuda.architectures().split(", ")
+    ]
+    return f"for {', '.join(names)}"
 
 
 def _cuda_devices() -> list[str]:
