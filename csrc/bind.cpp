@@ -1,115 +1,16 @@
-// The extension module: picks the instruction set, checks every argument, calls the kernel without the
+// The extension module: checks every argument, calls the kernel of the instruction set in use without the
 // interpreter lock. Results are tensors that the caller made; nothing is allocated or returned here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstdlib>
-#include <cstring>
 #include <new>
-#ifdef IHVP_HAVE_AMX
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
-#include "kernels.h"
+#include "isa.h"
 #include "tensor.h"
 
-#define IHVP_DECLARE(isa)         \
-    namespace isa {               \
-    extern const Kernels kernels; \
-    }
-
 namespace ihvp {
-
-#ifdef IHVP_HAVE_AMX
-namespace amx {
-Status weighted_ghost_dot(View, View, View, View, View, View, View, View, bool, Precision, int);
-int64_t peak_bf16(int64_t, int);
-}  // namespace amx
-#endif
-#ifdef IHVP_HAVE_AVX512
-IHVP_DECLARE(avx512)
-#endif
-#ifdef IHVP_HAVE_AVX2
-IHVP_DECLARE(avx2)
-#endif
-#ifdef IHVP_HAVE_NEON
-IHVP_DECLARE(neon)
-#endif
-#ifdef IHVP_HAVE_GENERIC
-IHVP_DECLARE(generic)
-#endif
-
 namespace {
-
-#ifdef IHVP_HAVE_AVX512
-bool avx512_runs() {
-    return __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
-           __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512vl") != 0;
-}
-#endif
-
-#ifdef IHVP_HAVE_AMX
-// AVX-512's kernels, and what tiles add.
-const Kernels* amx_kernels() {
-    static const Kernels table = [] {
-        Kernels own = avx512::kernels;
-        own.isa = "amx";
-        own.weighted_ghost_dot = amx::weighted_ghost_dot;
-        own.peak_bf16 = amx::peak_bf16;
-        return own;
-    }();
-    return &table;
-}
-
-// The processor has bfloat16 tiles and conversions, and the kernel lets this process use the tile registers.
-bool amx_runs() {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    bool tiles = (d & (1u << 22)) != 0 && (d & (1u << 24)) != 0;  // AMX-BF16, AMX-TILE
-    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
-    bool conversions = (a & (1u << 5)) != 0;  // AVX512-BF16
-    constexpr int request_permission = 0x1023, tile_data = 18;
-    return tiles && conversions && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-}
-#endif
-
-struct Choice {
-    const Kernels* kernels;
-    bool runs_here;
-};
-
-// Best first.
-std::vector<Choice> compiled() {
-    std::vector<Choice> choices;
-#ifdef IHVP_HAVE_AMX
-    choices.push_back({amx_kernels(), avx512_runs() && amx_runs()});
-#endif
-#ifdef IHVP_HAVE_AVX512
-    choices.push_back({&avx512::kernels, avx512_runs()});
-#endif
-#ifdef IHVP_HAVE_AVX2
-    choices.push_back({&avx2::kernels, __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0});
-#endif
-#ifdef IHVP_HAVE_NEON
-    choices.push_back({&neon::kernels, true});
-#endif
-#ifdef IHVP_HAVE_GENERIC
-    choices.push_back({&generic::kernels, true});
-#endif
-    return choices;
-}
-
-const Kernels* select_isa(const char* wanted) {
-    std::string names;
-    for (const Choice& choice : compiled()) {
-        if (!choice.runs_here) continue;
-        if (wanted == nullptr || std::strcmp(wanted, choice.kernels->isa) == 0) return choice.kernels;
-        names += std::string(names.empty() ? "" : ", ") + choice.kernels->isa;
-    }
-    throw py::value_error(std::string("instruction set must be one of ") + names + ", got " + wanted);
-}
 
 const Kernels* kernels = nullptr;
 
@@ -127,9 +28,16 @@ Precision precision_named(const std::string& name) {
     throw py::value_error("precision must be float32, bf16x3 or bf16, got " + name);
 }
 
+// What a kernel takes for an argument.
+View value(const Argument& argument) { return argument.view; }
+template <class T>
+T value(const T& other) {
+    return other;
+}
+
 // `work` counts multiply-adds, roughly. A thread joins only for a share worth waking it: about 10 us.
-template <class F>
-void call(int threads, int64_t work, const F& kernel) {
+template <class... Parameters, class... Given>
+void call(int threads, int64_t work, Status (*kernel)(Parameters...), const Given&... given) {
     if (threads < 1) throw py::value_error("threads must be at least 1, got " + std::to_string(threads));
     constexpr int64_t least_share = 1 << 19;
     int64_t useful = work / least_share + 1;
@@ -137,7 +45,7 @@ void call(int threads, int64_t work, const F& kernel) {
     Status status;
     {
         py::gil_scoped_release release;
-        status = kernel(threads);
+        status = kernel(value(given)..., threads);
     }
     if (status == Status::out_of_memory) throw std::bad_alloc();
 }
@@ -146,15 +54,37 @@ void no_positions(const Argument& out) {
     if (!out.empty()) out.fail("must be empty when there are no positions, queries or examples");
 }
 
+struct Sizes {
+    int64_t N, T, I, O;  // I with the bias feature
+};
+
+// a (N,T,I) and delta (N,T,O) of the same positions.
+Sizes check_tokens(Argument& a, Argument& delta, Argument& mask, bool bias) {
+    a.tokens().floating();
+    delta.tokens().floating();
+    Sizes sizes{a.view.shape[0], a.view.shape[1], a.view.shape[2] + bias, delta.view.shape[2]};
+    delta.shape({sizes.N, sizes.T, sizes.O});
+    mask.token_mask(sizes.N, sizes.T);
+    return sizes;
+}
+
+// V (Q,O,I') between a right (I',I') and a left (O,O) matrix.
+Sizes check_between(Argument& V, const Argument& right, const Argument& left) {
+    V.tokens().floating();
+    Sizes sizes{V.view.shape[0], 1, V.view.shape[2], V.view.shape[1]};
+    right.shape({sizes.I, sizes.I}).floating();
+    left.shape({sizes.O, sizes.O}).floating();
+    return sizes;
+}
+
 void covariance_update(py::handle C_, py::handle x_, py::handle mask_, bool bias, int threads) {
     Argument C("C", C_), x("x", x_), mask("mask", mask_, true);
     x.tokens().floating();
     mask.token_mask(x.view.shape[0], x.view.shape[1]);
     int64_t d = x.view.shape[2] + bias;
-    C.shape({d, d}).accumulator(x.view.dtype).writable({&x, &mask});
+    C.shape({d, d}).result({&x, &mask});
     if (x.view.shape[0] * x.view.shape[1] == 0 || d == 0) return;
-    call(threads, x.view.shape[0] * x.view.shape[1] * d * d,
-         [&](int threads) { return kernels->covariance_update(C.view, x.view, mask.view, bias, threads); });
+    call(threads, x.view.shape[0] * x.view.shape[1] * d * d, kernels->covariance_update, C, x, mask, bias);
 }
 
 void eigenbasis_project(py::handle out_, py::handle x_, py::handle U_, py::handle mask_, bool bias, int threads) {
@@ -163,37 +93,18 @@ void eigenbasis_project(py::handle out_, py::handle x_, py::handle U_, py::handl
     mask.token_mask(x.view.shape[0], x.view.shape[1]);
     int64_t d = x.view.shape[2] + bias;
     U.shape({d, d}).floating();
-    out.tokens()
-        .shape({x.view.shape[0], x.view.shape[1], d})
-        .accumulator(x.wide() || U.wide() ? DType::f64 : DType::f32)
-        .writable({&x, &U, &mask});
+    out.tokens().shape({x.view.shape[0], x.view.shape[1], d}).result({&x, &U, &mask});
     out.contiguous();
     if (out.empty()) return;
-    call(threads, x.view.shape[0] * x.view.shape[1] * d * d,
-         [&](int threads) { return kernels->eigenbasis_project(out.view, x.view, U.view, mask.view, bias, threads); });
+    call(threads, x.view.shape[0] * x.view.shape[1] * d * d, kernels->eigenbasis_project, out, x, U, mask, bias);
 }
 
 void eigenbasis_rotate(py::handle out_, py::handle V_, py::handle U_A_, py::handle U_G_, bool inverse, int threads) {
     Argument out("out", out_), V("V", V_), U_A("U_A", U_A_), U_G("U_G", U_G_);
-    V.tokens().floating();
-    int64_t O = V.view.shape[1], I = V.view.shape[2];
-    U_A.shape({I, I}).floating();
-    U_G.shape({O, O}).floating();
-    out.shape({V.view.shape[0], O, I})
-        .accumulator(V.wide() || U_A.wide() || U_G.wide() ? DType::f64 : DType::f32)
-        .writable({&V, &U_A, &U_G});
+    auto [Q, T, I, O] = check_between(V, U_A, U_G);
+    out.shape({Q, O, I}).result({&V, &U_A, &U_G});
     if (out.empty()) return;
-    call(threads, V.view.shape[0] * O * I * (O + I), [&](int threads) {
-        return kernels->eigenbasis_rotate(out.view, V.view, U_A.view, U_G.view, inverse, threads);
-    });
-}
-
-// a (N,T,I) and delta (N,T,O) of the same positions.
-void check_tokens(Argument& a, Argument& delta, Argument& mask) {
-    a.tokens().floating();
-    delta.tokens().floating();
-    delta.shape({a.view.shape[0], a.view.shape[1], delta.view.shape[2]});
-    mask.token_mask(a.view.shape[0], a.view.shape[1]);
+    call(threads, Q * O * I * (O + I), kernels->eigenbasis_rotate, out, V, U_A, U_G, inverse);
 }
 
 void check_basis(const Argument& U, int64_t d) {
@@ -205,60 +116,42 @@ void ekfac_diagonal_update(py::handle Lambda_, py::handle a_, py::handle delta_,
     Argument Lambda("Lambda", Lambda_), a("a", a_), delta("delta", delta_), U_A("U_A", U_A_, true),
         U_G("U_G", U_G_, true), mask("mask", mask_, true);
     Order order = order_named(order_, "project_first", Order::project_first);
-    check_tokens(a, delta, mask);
-    int64_t I = a.view.shape[2] + bias, O = delta.view.shape[2];
+    auto [N, T, I, O] = check_tokens(a, delta, mask, bias);
     check_basis(U_A, I);
     check_basis(U_G, O);
-    bool wide = a.wide() || delta.wide() || U_A.wide() || U_G.wide();
-    Lambda.shape({O, I}).accumulator(wide ? DType::f64 : DType::f32).writable({&a, &delta, &U_A, &U_G, &mask});
-    if (Lambda.empty() || a.view.shape[0] * a.view.shape[1] == 0) return;
+    Lambda.shape({O, I}).result({&a, &delta, &U_A, &U_G, &mask});
+    if (Lambda.empty() || N * T == 0) return;
     if (order == Order::gradient_first && (!U_A.view.data || !U_G.view.data))
         throw py::value_error("gradient_first needs both U_A and U_G");
-    call(threads, a.view.shape[0] * a.view.shape[1] * (I * I + O * O + O * I), [&](int threads) {
-        return kernels->ekfac_diagonal_update(Lambda.view, a.view, delta.view, U_A.view, U_G.view, mask.view, bias,
-                                              order, threads);
-    });
+    call(threads, N * T * (I * I + O * O + O * I), kernels->ekfac_diagonal_update, Lambda, a, delta, U_A, U_G, mask,
+         bias, order);
 }
 
 void ekfac_self_influence(py::handle out_, py::handle a_, py::handle delta_, py::handle U_A_, py::handle U_G_,
                           py::handle Lambda_, double damping, py::handle mask_, bool bias, int threads) {
     Argument out("out", out_), a("a", a_), delta("delta", delta_), U_A("U_A", U_A_, true), U_G("U_G", U_G_, true),
         Lambda("Lambda", Lambda_), mask("mask", mask_, true);
-    check_tokens(a, delta, mask);
-    int64_t I = a.view.shape[2] + bias, O = delta.view.shape[2];
+    auto [N, T, I, O] = check_tokens(a, delta, mask, bias);
     check_basis(U_A, I);
     check_basis(U_G, O);
     Lambda.shape({O, I}).floating();
-    bool wide = a.wide() || delta.wide() || U_A.wide() || U_G.wide() || Lambda.wide();
-    out.shape({a.view.shape[0]})
-        .accumulator(wide ? DType::f64 : DType::f32)
-        .writable({&a, &delta, &U_A, &U_G, &Lambda, &mask});
-    if (a.view.shape[1] * I * O == 0) return no_positions(out);
+    out.shape({N}).result({&a, &delta, &U_A, &U_G, &Lambda, &mask});
+    if (T * I * O == 0) return no_positions(out);
     if (out.empty()) return;
-    call(threads, a.view.shape[0] * a.view.shape[1] * (I * I + O * O + O * I), [&](int threads) {
-        return kernels->ekfac_self_influence(out.view, a.view, delta.view, U_A.view, U_G.view, Lambda.view, damping,
-                                             mask.view, bias, threads);
-    });
+    call(threads, N * T * (I * I + O * O + O * I), kernels->ekfac_self_influence, out, a, delta, U_A, U_G, Lambda,
+         damping, mask, bias);
 }
 
 void ekfac_solve(py::handle out_, py::handle V_, py::handle U_A_, py::handle U_G_, py::handle Lambda_,
                  py::handle damping_, int threads) {
     Argument out("out", out_), V("V", V_), U_A("U_A", U_A_), U_G("U_G", U_G_), Lambda("Lambda", Lambda_),
         damping("damping", damping_);
-    V.tokens().floating();
-    int64_t O = V.view.shape[1], I = V.view.shape[2];
-    U_A.shape({I, I}).floating();
-    U_G.shape({O, O}).floating();
+    auto [Q, T, I, O] = check_between(V, U_A, U_G);
     Lambda.shape({O, I}).floating();
     if (damping.view.dims != 1 || damping.view.dtype != DType::f64) damping.fail("must be (D,) in float64");
-    bool wide = V.wide() || U_A.wide() || U_G.wide() || Lambda.wide();
-    out.shape({damping.view.shape[0], V.view.shape[0], O, I})
-        .accumulator(wide ? DType::f64 : DType::f32)
-        .writable({&V, &U_A, &U_G, &Lambda, &damping});
+    out.shape({damping.view.shape[0], Q, O, I}).result({&V, &U_A, &U_G, &Lambda}).writable({&damping});
     if (out.empty()) return;
-    call(threads, V.view.shape[0] * O * I * (O + I), [&](int threads) {
-        return kernels->ekfac_solve(out.view, V.view, U_A.view, U_G.view, Lambda.view, damping.view, threads);
-    });
+    call(threads, Q * O * I * (O + I), kernels->ekfac_solve, out, V, U_A, U_G, Lambda, damping);
 }
 
 void weighted_ghost_dot(py::handle out_, py::handle a1_, py::handle delta1_, py::handle a2_, py::handle delta2_,
@@ -267,106 +160,82 @@ void weighted_ghost_dot(py::handle out_, py::handle a1_, py::handle delta1_, py:
     Argument out("out", out_), a1("a1", a1_), delta1("delta1", delta1_), a2("a2", a2_), delta2("delta2", delta2_),
         weight("weight", weight_), mask1("mask1", mask1_, true), mask2("mask2", mask2_, true);
     Precision precision = precision_named(precision_);
-    check_tokens(a1, delta1, mask1);
-    check_tokens(a2, delta2, mask2);
-    a1.shape({a1.view.shape[0], 1, a1.view.shape[2]});
-    a2.shape({a2.view.shape[0], 1, a1.view.shape[2]});
-    delta2.shape({delta2.view.shape[0], 1, delta1.view.shape[2]});
-    weight.shape({delta1.view.shape[2], a1.view.shape[2] + bias}).floating();
-    bool wide = a1.wide() || delta1.wide() || a2.wide() || delta2.wide() || weight.wide();
-    out.shape({a1.view.shape[0], a2.view.shape[0]})
-        .accumulator(wide ? DType::f64 : DType::f32)
-        .writable({&a1, &delta1, &a2, &delta2, &weight, &mask1, &mask2});
+    auto [M, T1, I, O] = check_tokens(a1, delta1, mask1, bias);
+    auto [N, T2, I2, O2] = check_tokens(a2, delta2, mask2, bias);
+    a1.shape({M, 1, I - bias});
+    a2.shape({N, 1, I - bias});
+    delta2.shape({N, 1, O});
+    weight.shape({O, I}).floating();
+    out.shape({M, N}).result({&a1, &delta1, &a2, &delta2, &weight, &mask1, &mask2});
     if (weight.empty()) return no_positions(out);
     if (out.empty()) return;
-    call(threads, a1.view.shape[0] * a2.view.shape[0] * weight.view.shape[0] * weight.view.shape[1], [&](int threads) {
-        return kernels->weighted_ghost_dot(out.view, a1.view, delta1.view, a2.view, delta2.view, weight.view,
-                                           mask1.view, mask2.view, bias, precision, threads);
-    });
+    call(threads, M * N * O * I, kernels->weighted_ghost_dot, out, a1, delta1, a2, delta2, weight, mask1, mask2, bias,
+         precision);
 }
 
 void gradient_dot(py::handle out_, py::handle P_, py::handle a_, py::handle delta_, py::handle mask_, bool bias,
                   bool per_token, const std::string& order_, int threads) {
     Argument out("out", out_), P("P", P_), a("a", a_), delta("delta", delta_), mask("mask", mask_, true);
     Order order = order_named(order_, "query_first", Order::query_first);
-    check_tokens(a, delta, mask);
-    int64_t N = a.view.shape[0], T = a.view.shape[1], I = a.view.shape[2] + bias, O = delta.view.shape[2];
+    auto [N, T, I, O] = check_tokens(a, delta, mask, bias);
     P.floating().shape({P.view.shape[0], O, I});
-    DType type = P.wide() || a.wide() || delta.wide() ? DType::f64 : DType::f32;
     if (per_token)
         out.shape({P.view.shape[0], N, T});
     else
         out.shape({P.view.shape[0], N});
-    out.accumulator(type).writable({&P, &a, &delta, &mask});
+    out.result({&P, &a, &delta, &mask});
     if (order == Order::gradient_first && per_token)
         throw py::value_error("gradient_first sums over positions; per_token needs query_first");
     if (T * O * I == 0) return no_positions(out);
     if (out.empty()) return;
-    call(threads, (T + P.view.shape[0]) * N * O * I, [&](int threads) {
-        return kernels->gradient_dot(out.view, P.view, a.view, delta.view, mask.view, bias, per_token, order, threads);
-    });
+    call(threads, (T + P.view.shape[0]) * N * O * I, kernels->gradient_dot, out, P, a, delta, mask, bias, per_token,
+         order);
 }
 
 void kfac_solve(py::handle out_, py::handle V_, py::handle L_A_, py::handle L_G_, int threads) {
     Argument out("out", out_), V("V", V_), L_A("L_A", L_A_), L_G("L_G", L_G_);
-    V.tokens().floating();
-    int64_t O = V.view.shape[1], I = V.view.shape[2];
-    L_A.shape({I, I}).floating();
-    L_G.shape({O, O}).floating();
-    out.shape({V.view.shape[0], O, I})
-        .accumulator(V.wide() || L_A.wide() || L_G.wide() ? DType::f64 : DType::f32)
-        .writable({&V, &L_A, &L_G});
+    auto [Q, T, I, O] = check_between(V, L_A, L_G);
+    out.shape({Q, O, I}).result({&V, &L_A, &L_G});
     if (out.empty()) return;
-    call(threads, V.view.shape[0] * O * I * (O + I),
-         [&](int threads) { return kernels->kfac_solve(out.view, V.view, L_A.view, L_G.view, threads); });
+    call(threads, Q * O * I * (O + I), kernels->kfac_solve, out, V, L_A, L_G);
 }
 
 void ghost_dot(py::handle out_, py::handle a1_, py::handle delta1_, py::handle a2_, py::handle delta2_,
                py::handle mask1_, py::handle mask2_, bool bias1, bool bias2, bool per_token, int threads) {
     Argument out("out", out_), a1("a1", a1_), delta1("delta1", delta1_), a2("a2", a2_), delta2("delta2", delta2_),
         mask1("mask1", mask1_, true), mask2("mask2", mask2_, true);
-    check_tokens(a1, delta1, mask1);
-    check_tokens(a2, delta2, mask2);
-    int64_t M = a1.view.shape[0], T1 = a1.view.shape[1], N = a2.view.shape[0], T2 = a2.view.shape[1];
-    int64_t I = a1.view.shape[2] + bias1, O = delta1.view.shape[2];
+    auto [M, T1, I, O] = check_tokens(a1, delta1, mask1, bias1);
+    auto [N, T2, I2, O2] = check_tokens(a2, delta2, mask2, bias2);
     a2.shape({N, T2, I - bias2});
     delta2.shape({N, T2, O});
     if (per_token)
         out.shape({M, N, T2});
     else
         out.shape({M, N});
-    bool wide = a1.wide() || delta1.wide() || a2.wide() || delta2.wide();
-    out.accumulator(wide ? DType::f64 : DType::f32).writable({&a1, &delta1, &a2, &delta2, &mask1, &mask2});
+    out.result({&a1, &delta1, &a2, &delta2, &mask1, &mask2});
     out.contiguous();
     if (T1 * T2 == 0) return no_positions(out);
     if (out.empty()) return;
-    call(threads, M * T1 * N * T2 * (I + O), [&](int threads) {
-        return kernels->ghost_dot(out.view, a1.view, delta1.view, a2.view, delta2.view, mask1.view, mask2.view, bias1,
-                                  bias2, per_token, threads);
-    });
+    call(threads, M * T1 * N * T2 * (I + O), kernels->ghost_dot, out, a1, delta1, a2, delta2, mask1, mask2, bias1,
+         bias2, per_token);
 }
 
 void ghost_norm(py::handle out_, py::handle a_, py::handle delta_, py::handle mask_, bool bias, int threads) {
     Argument out("out", out_), a("a", a_), delta("delta", delta_), mask("mask", mask_, true);
-    check_tokens(a, delta, mask);
-    int64_t N = a.view.shape[0], T = a.view.shape[1];
-    out.shape({N}).accumulator(a.wide() || delta.wide() ? DType::f64 : DType::f32).writable({&a, &delta, &mask});
+    auto [N, T, I, O] = check_tokens(a, delta, mask, bias);
+    out.shape({N}).result({&a, &delta, &mask});
     if (T == 0) return no_positions(out);
     if (out.empty()) return;
-    call(threads, N * T * T * (a.view.shape[2] + bias + delta.view.shape[2]),
-         [&](int threads) { return kernels->ghost_norm(out.view, a.view, delta.view, mask.view, bias, threads); });
+    call(threads, N * T * T * (I + O), kernels->ghost_norm, out, a, delta, mask, bias);
 }
 
 void per_sample_gradient(py::handle out_, py::handle a_, py::handle delta_, py::handle mask_, bool bias, int threads) {
     Argument out("out", out_), a("a", a_), delta("delta", delta_), mask("mask", mask_, true);
-    check_tokens(a, delta, mask);
-    int64_t N = a.view.shape[0], T = a.view.shape[1], I = a.view.shape[2] + bias, O = delta.view.shape[2];
-    out.shape({N, O, I}).accumulator(a.wide() || delta.wide() ? DType::f64 : DType::f32).writable({&a, &delta, &mask});
+    auto [N, T, I, O] = check_tokens(a, delta, mask, bias);
+    out.shape({N, O, I}).result({&a, &delta, &mask});
     if (T == 0) return no_positions(out);
     if (out.empty()) return;
-    call(threads, N * T * O * I, [&](int threads) {
-        return kernels->per_sample_gradient(out.view, a.view, delta.view, mask.view, bias, threads);
-    });
+    call(threads, N * T * O * I, kernels->per_sample_gradient, out, a, delta, mask, bias);
 }
 
 int64_t peak(const std::string& dtype, int64_t rounds, int threads) {
@@ -411,32 +280,26 @@ PYBIND11_MODULE(_native, m) {
         },
         "Whether the kernels were built with OpenMP.");
 
-    using py::arg;
-    m.def("covariance_update", &covariance_update, arg("C"), arg("x"), arg("mask"), arg("bias"), arg("threads"));
-    m.def("eigenbasis_project", &eigenbasis_project, arg("out"), arg("x"), arg("U"), arg("mask"), arg("bias"),
-          arg("threads"));
-    m.def("eigenbasis_rotate", &eigenbasis_rotate, arg("out"), arg("V"), arg("U_A"), arg("U_G"), arg("inverse"),
-          arg("threads"));
-    m.def("ekfac_diagonal_update", &ekfac_diagonal_update, arg("Lambda"), arg("a"), arg("delta"), arg("U_A"),
-          arg("U_G"), arg("mask"), arg("bias"), arg("order"), arg("threads"));
-    m.def("ekfac_self_influence", &ekfac_self_influence, arg("out"), arg("a"), arg("delta"), arg("U_A"), arg("U_G"),
-          arg("Lambda"), arg("damping"), arg("mask"), arg("bias"), arg("threads"));
-    m.def("ekfac_solve", &ekfac_solve, arg("out"), arg("V"), arg("U_A"), arg("U_G"), arg("Lambda"), arg("damping"),
-          arg("threads"));
-    m.def("weighted_ghost_dot", &weighted_ghost_dot, arg("out"), arg("a1"), arg("delta1"), arg("a2"), arg("delta2"),
-          arg("weight"), arg("mask1"), arg("mask2"), arg("bias"), arg("precision"), arg("threads"));
-    m.def("gradient_dot", &gradient_dot, arg("out"), arg("P"), arg("a"), arg("delta"), arg("mask"), arg("bias"),
-          arg("per_token"), arg("order"), arg("threads"));
-    m.def("kfac_solve", &kfac_solve, arg("out"), arg("V"), arg("L_A"), arg("L_G"), arg("threads"));
-    m.def("ghost_dot", &ghost_dot, arg("out"), arg("a1"), arg("delta1"), arg("a2"), arg("delta2"), arg("mask1"),
-          arg("mask2"), arg("bias1"), arg("bias2"), arg("per_token"), arg("threads"));
-    m.def("ghost_norm", &ghost_norm, arg("out"), arg("a"), arg("delta"), arg("mask"), arg("bias"), arg("threads"));
-    m.def("per_sample_gradient", &per_sample_gradient, arg("out"), arg("a"), arg("delta"), arg("mask"), arg("bias"),
-          arg("threads"));
-    m.def("peak", &peak, arg("dtype"), arg("rounds"), arg("threads"),
+    auto define = [&m](const char* name, auto kernel, auto... names) { m.def(name, kernel, py::arg(names)...); };
+    define("covariance_update", &covariance_update, "C", "x", "mask", "bias", "threads");
+    define("eigenbasis_project", &eigenbasis_project, "out", "x", "U", "mask", "bias", "threads");
+    define("eigenbasis_rotate", &eigenbasis_rotate, "out", "V", "U_A", "U_G", "inverse", "threads");
+    define("ekfac_diagonal_update", &ekfac_diagonal_update, "Lambda", "a", "delta", "U_A", "U_G", "mask", "bias",
+           "order", "threads");
+    define("ekfac_self_influence", &ekfac_self_influence, "out", "a", "delta", "U_A", "U_G", "Lambda", "damping",
+           "mask", "bias", "threads");
+    define("ekfac_solve", &ekfac_solve, "out", "V", "U_A", "U_G", "Lambda", "damping", "threads");
+    define("weighted_ghost_dot", &weighted_ghost_dot, "out", "a1", "delta1", "a2", "delta2", "weight", "mask1", "mask2",
+           "bias", "precision", "threads");
+    define("gradient_dot", &gradient_dot, "out", "P", "a", "delta", "mask", "bias", "per_token", "order", "threads");
+    define("kfac_solve", &kfac_solve, "out", "V", "L_A", "L_G", "threads");
+    define("ghost_dot", &ghost_dot, "out", "a1", "delta1", "a2", "delta2", "mask1", "mask2", "bias1", "bias2",
+           "per_token", "threads");
+    define("ghost_norm", &ghost_norm, "out", "a", "delta", "mask", "bias", "threads");
+    define("per_sample_gradient", &per_sample_gradient, "out", "a", "delta", "mask", "bias", "threads");
+    m.def("peak", &peak, py::arg("dtype"), py::arg("rounds"), py::arg("threads"),
           "Run multiply-adds in registers alone, on float32, float64 or (AMX) bfloat16 numbers; returns how many "
-          "floating "
-          "point operations that were. Time it for the processor's peak.");
+          "floating point operations that were. Time it for the processor's peak.");
 }
 
 }  // namespace ihvp

@@ -93,11 +93,6 @@ class Argument {
         if (view.data && view.dtype == DType::boolean) fail("must be floating point, got bool");
         return *this;
     }
-    const Argument& accumulator(DType narrowest) const {
-        if (view.dtype != DType::f64 && (view.dtype != DType::f32 || narrowest == DType::f64))
-            fail(narrowest == DType::f64 ? "must be float64 for float64 operands" : "must be float32 or float64");
-        return *this;
-    }
     const Argument& contiguous() const {
         int64_t expected = 1;
         for (int i = view.dims - 1; i >= 0 && !empty(); --i) {
@@ -124,6 +119,14 @@ class Argument {
                     fail("overlaps " + other->name_ + " in memory");
         }
         return *this;
+    }
+    // A result of these operands: float64 where one of them is, in memory of its own.
+    const Argument& result(std::initializer_list<const Argument*> operands) const {
+        bool wide = false;
+        for (const Argument* operand : operands) wide = wide || operand->wide();
+        if (view.dtype != DType::f64 && (view.dtype != DType::f32 || wide))
+            fail(wide ? "must be float64 for float64 operands" : "must be float32 or float64");
+        return writable(operands);
     }
     bool empty() const {
         if (!view.data) return true;

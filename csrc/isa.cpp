@@ -1,0 +1,104 @@
+#include "isa.h"
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#ifdef IHVP_HAVE_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#define IHVP_DECLARE(isa)         \
+    namespace isa {               \
+    extern const Kernels kernels; \
+    }
+
+namespace ihvp {
+
+#ifdef IHVP_HAVE_AMX
+namespace amx {
+Status weighted_ghost_dot(View, View, View, View, View, View, View, View, bool, Precision, int);
+int64_t peak_bf16(int64_t, int);
+}  // namespace amx
+#endif
+#ifdef IHVP_HAVE_AVX512
+IHVP_DECLARE(avx512)
+#endif
+#ifdef IHVP_HAVE_AVX2
+IHVP_DECLARE(avx2)
+#endif
+#ifdef IHVP_HAVE_NEON
+IHVP_DECLARE(neon)
+#endif
+#ifdef IHVP_HAVE_GENERIC
+IHVP_DECLARE(generic)
+#endif
+
+namespace {
+
+#ifdef IHVP_HAVE_AVX512
+bool avx512_runs() {
+    return __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
+           __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512vl") != 0;
+}
+#endif
+
+#ifdef IHVP_HAVE_AMX
+// AVX-512's kernels, and what tiles add.
+const Kernels* amx_kernels() {
+    static const Kernels table = [] {
+        Kernels own = avx512::kernels;
+        own.isa = "amx";
+        own.weighted_ghost_dot = amx::weighted_ghost_dot;
+        own.peak_bf16 = amx::peak_bf16;
+        return own;
+    }();
+    return &table;
+}
+
+// The processor has bfloat16 tiles and conversions, and the kernel lets this process use the tile registers.
+bool amx_runs() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    bool tiles = (d & (1u << 22)) != 0 && (d & (1u << 24)) != 0;  // AMX-BF16, AMX-TILE
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
+    bool conversions = (a & (1u << 5)) != 0;  // AVX512-BF16
+    constexpr int request_permission = 0x1023, tile_data = 18;
+    return tiles && conversions && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
+
+}  // namespace
+
+std::vector<Choice> compiled() {
+    std::vector<Choice> choices;
+#ifdef IHVP_HAVE_AMX
+    choices.push_back({amx_kernels(), avx512_runs() && amx_runs()});
+#endif
+#ifdef IHVP_HAVE_AVX512
+    choices.push_back({&avx512::kernels, avx512_runs()});
+#endif
+#ifdef IHVP_HAVE_AVX2
+    choices.push_back({&avx2::kernels, __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0});
+#endif
+#ifdef IHVP_HAVE_NEON
+    choices.push_back({&neon::kernels, true});
+#endif
+#ifdef IHVP_HAVE_GENERIC
+    choices.push_back({&generic::kernels, true});
+#endif
+    return choices;
+}
+
+const Kernels* select_isa(const char* wanted) {
+    std::string names;
+    for (const Choice& choice : compiled()) {
+        if (!choice.runs_here) continue;
+        if (wanted == nullptr || std::strcmp(wanted, choice.kernels->isa) == 0) return choice.kernels;
+        names += std::string(names.empty() ? "" : ", ") + choice.kernels->isa;
+    }
+    throw std::invalid_argument(std::string("instruction set must be one of ") + names + ", got " + wanted);
+}
+
+}  // namespace ihvp

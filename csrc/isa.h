@@ -1,0 +1,20 @@
+// The instruction sets whose kernels were compiled, and the choice among them. Knows no Python.
+#pragma once
+#include <vector>
+
+#include "kernels.h"
+
+namespace ihvp {
+
+struct Choice {
+    const Kernels* kernels;
+    bool runs_here;
+};
+
+// Best first.
+std::vector<Choice> compiled();
+
+// The one of this name, or the best for null; throws std::invalid_argument where this processor does not run it.
+const Kernels* select_isa(const char* wanted);
+
+}  // namespace ihvp
