@@ -134,6 +134,20 @@ def test_bfloat16_model_has_float32_factors(method: str) -> None:
     assert_near(flat(got), want, relative=0.05)
 
 
+@pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_results_have_the_models_dtype_whatever_the_vectors_have(method: str, dtype: torch.dtype) -> None:
+    data = plain()
+    model = data.model()
+    curvature = METHODS[method](model, [data.train], damping=DAMPING)
+    V = {name: v.to(dtype) for name, v in random_vectors(model).items()}
+    exact = {name: v.to(model.dtype) for name, v in V.items()}
+    for ask in (curvature.solve, curvature.multiply):
+        got = ask(V)
+        assert all(x.dtype == model.dtype for x in got.values())
+        assert same(got, ask(exact))
+
+
 # --- where theory says that an approximation is exact ------------------------------------------------------------
 
 

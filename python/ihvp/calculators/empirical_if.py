@@ -101,6 +101,9 @@ class EmpiricalInfluence(InfluenceCalculator[Steps]):
 
         Returns:
             (highest, lowest), each a list of (index, value, reverse score), the outermost first.
+
+        Raises:
+            ValueError: more than one query, not as many values as training examples, or a share outside (0, 1].
         """
         values = torch.as_tensor(influence_values, dtype=torch.float64)
         query = self.model.batch((query_input, query_target))

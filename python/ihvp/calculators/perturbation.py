@@ -24,10 +24,16 @@ def input_gradients(model: InfluenceModel, P: Vectors, batch: Batch, *, index: i
 
     Args:
         P: layer name -> (Q,O,I').
+        index: number of the batch, for errors.
+
+    Returns:
+        (Q,N,*x), in the dtype of x.
 
     Raises:
         TypeError: the input is not a floating-point tensor, as token numbers are not.
         ValueError: the first dimension of the input is not the example.
+
+    Source: Koh and Liang 2017 (arXiv:1703.04730), eq. 5.
     """
     with torch.inference_mode(False), torch.enable_grad(), untouched(model.net):
         for p in model.net.parameters():

@@ -76,7 +76,7 @@ class SecondOrderInfluenceCalculator:
     def estimate_influence_parts_group(
         self, train_groups: Groups, test_groups: Groups | None = None
     ) -> Iterator[GroupInfluence]:
-        """The same, the first-order part and the second-order part apart."""
+        """`estimate_influence_values_group` with the first-order and the second-order part apart, each (1,1)."""
         for train, test in paired(train_groups, test_groups):
             g, size = gradient_sum(self.model, train)
             if size >= self.examples:

@@ -33,8 +33,9 @@ Vectors = dict[str, Tensor]
 class IHVP(ABC):
     """An inverse-Hessian-vector product: (F + damping I)^-1 for one curvature F of the mean loss.
 
-    A subclass says what it sums over the data (`_fit`) and how it solves. V and the results map a layer's name to
-    (Q,O,I'): weights, then the bias as last column.
+    A subclass says what it sums over the data (`fit`) and how it solves. V and the results map a layer's name to
+    (Q,O,I'): weights, then the bias as last column. V may have any floating dtype; results are float64 for a float64
+    model, float32 otherwise.
 
     Args:
         model: the InfluenceModel.
@@ -44,6 +45,9 @@ class IHVP(ABC):
 
     Attributes:
         blocks: block name -> layer name -> columns of its (O,I'); the curvature is zero between blocks.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, named. FloatingPointError: a sum is not finite; names layer and batch.
     """
 
     block_structure: BlockStructure = "full"
@@ -104,7 +108,7 @@ class IHVP(ABC):
             torch.linalg.LinAlgError: the damped curvature is singular; the block is named.
         """
         self._check_fitted()
-        self._check_vectors(V)
+        V = self._vectors(V)
         if damping is None or isinstance(damping, (int, float, str, Mapping)):
             single = self.damping if damping is None else damping
             check_damping(single, self.blocks)
@@ -133,8 +137,7 @@ class IHVP(ABC):
     def multiply(self, V: Vectors) -> Vectors:
         """F V, undamped. Shapes and errors as for `solve`."""
         self._check_fitted()
-        self._check_vectors(V)
-        return self._multiply(V)
+        return self._multiply(self._vectors(V))
 
     def compute_ihvp(self, loader: Iterable[Any], use_gradient: bool = True) -> Vectors:
         """`solve` for every example of a loader: their gradients, or with use_gradient=False its items, each a V."""
@@ -202,7 +205,8 @@ class IHVP(ABC):
         if not self.is_fitted:
             raise RuntimeError(f"{type(self).__name__} is not fitted; call fit(loader) or give the constructor data")
 
-    def _check_vectors(self, V: Vectors) -> None:
+    def _vectors(self, V: Vectors) -> Vectors:
+        """V in the model's dtype, after the check that it fits the layers."""
         layers = self.model.layers
         if not isinstance(V, Mapping) or set(V) != set(layers):
             got = ", ".join(map(repr, V)) if isinstance(V, Mapping) else type(V).__name__
@@ -214,6 +218,7 @@ class IHVP(ABC):
                 raise ValueError(
                     f"V[{name!r}] must be (Q,O,I') with O={O}, I'={I}, one Q for all layers, got {tuple(V[name].shape)}"
                 )
+        return {name: V[name].to(self.model.dtype) for name in layers}
 
 
 class LayerwiseIHVP(IHVP):

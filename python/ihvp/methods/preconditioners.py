@@ -22,7 +22,8 @@ class Preconditioner(ABC):
     """How to make a preconditioning of a block with p parameters."""
 
     @abstractmethod
-    def fit(self, product: Product, p: int, model: InfluenceModel) -> Preconditioning: ...
+    def fit(self, product: Product, p: int, model: InfluenceModel) -> Preconditioning:
+        """From products with F, (Q,p) -> (Q,p) in float64, a function of (v (Q,p), damping): M^-1 v."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ def ekfac_solve_grouped(
     On a GPU one launch serves all layers of the group; it is meant for widths up to a few hundred.
 
     Args:
-        V: for each layer (Q,O_l,I'_l); Q is the same in all layers, and so are the dtypes of each argument.
+        V: for each layer (Q,O_l,I'_l); Q is the same in all layers, and so are the dtypes of each argument: float32,
+            float64, bfloat16 or float16. Any strides.
         U_A, U_G: for each layer (I'_l,I'_l) and (O_l,O_l), eigenvectors in columns.
         Lambda: for each layer (O_l,I'_l) eigenvalues, not negative.
         damping: for each layer a number >= 0.

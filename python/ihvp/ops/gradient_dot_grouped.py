@@ -34,7 +34,7 @@ def gradient_dot_grouped(
     the last has come.
 
     Args:
-        P: for each layer (Q,O_l,I'_l) queries.
+        P: for each layer (Q,O_l,I'_l) queries. All tensors are float32, float64, bfloat16 or float16.
         a, delta: for each layer (N,T,I_l) or (N,I_l) inputs and (N,T,O_l) or (N,O_l) output gradients. N, T and Q are
             the same in all layers, and so are the dtypes of each argument; widths differ freely. Any strides.
         mask: (N,T) bool of all layers, True at real positions; None: all are.

@@ -63,6 +63,8 @@ class ExactIHVP(ihvp.ExactIHVP):
 
 
 class FisherIHVP(ihvp.FisherIHVP):
+    """The empirical Fisher matrix plus the damping, which is also spelt `regul`."""
+
     def __init__(
         self,
         model: ihvp.InfluenceModel,
@@ -166,6 +168,7 @@ class IHVPFactory:
         self.name = name
 
     def build(self, model_influence: ihvp.InfluenceModel, dataset: Iterable[Any]) -> ihvp.IHVP:
+        """The object, fitted with the dataset."""
         return IHVPS[self.name](model_influence, dataset)
 
 

@@ -27,10 +27,12 @@ BlockStructure = BlockMode | Mapping[str, list[str]]
 
 
 def JacobiPreconditioner(num_samples_estimator: int = 1) -> ihvp.JacobiPreconditioner:
+    """The diagonal, estimated with so many random vectors."""
     return ihvp.JacobiPreconditioner(num_samples_estimator)
 
 
 def NystroemPreconditioner(rank: int) -> ihvp.NystroemPreconditioner:
+    """A Nystroem sketch of the given rank."""
     return ihvp.NystroemPreconditioner(rank)
 
 
@@ -227,7 +229,7 @@ class NystroemSketchInfluence(ComposableInfluence):
 
 
 class InverseHarmonicMeanInfluence(ComposableInfluence):
-    """The mean of (g_n g_n^T + regularization I)^-1; the regularization must be positive."""
+    """The mean over the examples of (g_n g_n^T + regularization I)^-1; the regularization must be positive."""
 
     def __init__(
         self,

@@ -27,7 +27,8 @@ class Influence(ABC):
     _ihvp: ihvp.IHVP
 
     @abstractmethod
-    def fit(self, data: Iterable[Any]) -> Self: ...
+    def fit(self, data: Iterable[Any]) -> Self:
+        """The curvature of a loader of (x, y), replacing an earlier one; gives the object itself."""
 
     @property
     def is_fitted(self) -> bool:
@@ -60,6 +61,7 @@ class Influence(ABC):
     def influences_from_factors(
         self, z_test_factors: Tensor, x: Tensor, y: Tensor, mode: InfluenceMode = InfluenceMode.Up
     ) -> Tensor:
+        """`influences` from what `influence_factors` gave; raises ValueError for factors of another shape."""
         names = [name for own in self.names.values() for name in own]
         return self._from_factors({"": z_test_factors}, {"": names}, x, y, mode)[""]
 
@@ -85,6 +87,7 @@ class Influence(ABC):
     def influences_from_factors_by_block(
         self, z_test_factors: ByBlock, x: Tensor, y: Tensor, mode: InfluenceMode = InfluenceMode.Up
     ) -> ByBlock:
+        """`influences_by_block` from what `influence_factors_by_block` gave; raises ValueError for other blocks."""
         return self._from_factors(z_test_factors, self.names, x, y, mode)
 
     def _from_factors(
