@@ -93,6 +93,13 @@ def test_adapters_know_public_names_only(module: str) -> None:
     assert used or MODULES[module].name == "__init__.py"
 
 
+@pytest.mark.parametrize("module", [name for name in MODULES if not {*EXTENSIONS}.isdisjoint(imports(name))])
+def test_torch_comes_before_an_extension(module: str) -> None:
+    """Then both share one OpenMP runtime: the one that torch brings."""
+    names = list(imports(module))
+    assert names.index("torch") < min(names.index(name) for name in EXTENSIONS if name in names)
+
+
 def test_only_capture_has_hooks() -> None:
     users = {
         module

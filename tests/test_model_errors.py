@@ -57,8 +57,8 @@ MODELS: dict[str, Case] = {
         r"^start_layer 'head' is not a tracked layer; they are '0', '2'",
     ),
     "last_layer": (lambda: model(last_layer="1"), ValueError, r"^last_layer '1' is not a tracked layer"),
-    "start_layer out of range": (lambda: model(start_layer=2), ValueError, r"^start_layer 2 is out of range for 2"),
-    "last_layer out of range": (lambda: model(last_layer=-3), ValueError, r"^last_layer -3 is out of range for 2"),
+    "start_layer out of range": (lambda: model(start_layer=2), ValueError, r"^start_layer must be from -2 to 1.*got 2"),
+    "last_layer out of range": (lambda: model(last_layer=-3), ValueError, r"^last_layer must be from -2 to 1.*got -3"),
     "start_layer of another type": (lambda: model(start_layer=0.5), TypeError, r"start_layer.*0\.5"),
     "start after last": (
         lambda: model(start_layer="2", last_layer=0),

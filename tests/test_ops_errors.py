@@ -32,7 +32,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
     "integer": (lambda x: x.nan_to_num().long(), TypeError, "^{} must be float32, .*got torch.int64"),
     "boolean": (lambda x: x > 0, TypeError, "^{} must be float32, .*got torch.bool"),
     "complex": (lambda x: x.to(torch.complex64), TypeError, "^{} must be float32, .*got torch.complex64"),
-    "meta": (lambda x: x.to("meta"), ValueError, "^{} is a meta tensor"),
+    "meta": (lambda x: x.to("meta"), ValueError, "^{} must hold data, got a meta tensor"),
     "sparse": (lambda x: x.to_sparse(), TypeError, "^{} must be a dense tensor, got layout torch.sparse_coo"),
     "requires grad": (lambda x: x.clone().requires_grad_(), RuntimeError, "^{} requires grad"),
     "list": (lambda x: x.tolist(), TypeError, "^{} must be a torch.Tensor, got list"),

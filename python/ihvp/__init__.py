@@ -7,8 +7,6 @@
 A score is + g_query^T (F + damping I)^-1 g_train: positive means that training on the example lowered the query's loss.
 """
 
-import torch as _torch  # noqa: F401  before the extension, so that both share one OpenMP runtime
-
 from ihvp import ops
 from ihvp.batch import Batch
 from ihvp.calculators import (

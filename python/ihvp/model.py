@@ -290,7 +290,7 @@ def _between(layers: dict[str, Layer], start: str | int | None, last: str | int 
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{which} must be a layer's name or position, got {value!r}")
         if not -len(names) <= value < len(names):
-            raise ValueError(f"{which} {value} is out of range for {len(names)} tracked layers")
+            raise ValueError(f"{which} must be from {-len(names)} to {len(names) - 1}, a tracked layer, got {value}")
         return value % len(names)
 
     first, end = position("start_layer", start, 0), position("last_layer", last, len(names) - 1)

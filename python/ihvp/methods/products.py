@@ -63,7 +63,7 @@ class CurvatureProducts:
             if self._kept is not None:
                 self._kept = [*self._kept, products] if nbytes <= KEPT_BYTES else None
         if self.examples == 0:
-            raise ValueError("the loader yielded no example")
+            raise ValueError("the loader yielded no example; the curvature needs at least one")
 
     def __call__(self, block: str, v: Tensor) -> Tensor:
         """(Q,p_b) in float64: each row times the mean curvature of the block, by one pass over the data."""

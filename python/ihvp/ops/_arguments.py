@@ -37,7 +37,7 @@ def check_tensors(optional: Mapping[str, Tensor | None] | None = None, **tensors
                 f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else f'layout {x.layout}'}"
             )
         if x.device.type == "meta":
-            raise ValueError(f"{name} is a meta tensor: it has a shape but no data")
+            raise ValueError(f"{name} must hold data, got a meta tensor, which has a shape alone")
         if x.device.type not in ("cpu", "cuda"):
             raise ValueError(f"{name} must be on a CPU or CUDA device, got {x.device}")
         if x.dtype not in FLOATING:
@@ -45,7 +45,7 @@ def check_tensors(optional: Mapping[str, Tensor | None] | None = None, **tensors
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{name} requires grad, but ihvp's ops are not differentiable; pass {name}.detach()")
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
-            raise RuntimeError(f"{name} carries a tangent, but ihvp's ops are not differentiable")
+            raise RuntimeError(f"{name} carries a tangent, but ihvp's ops are not differentiable; pass its primal")
         if device is None:
             device, first = x.device, name
         elif x.device != device:

@@ -155,7 +155,9 @@ class Op:
                     + gone
                 )
             if name in GPU and self._wide(args):
-                raise RuntimeError(f'{self.name} has no "{name}" implementation for float64 operands')
+                raise RuntimeError(
+                    f'{self.name} has no "{name}" implementation for float64 operands, which "reference" takes'
+                )
             return name, "forced by ihvp.use"
         if device.type == "cuda":
             return self._choose_on_gpu(_gpu.device_class(device), present, self._wide(args))
