@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from ihvp import EKFACIHVP, Batch, FirstOrderInfluenceCalculator, IdentityIHVP, InfluenceModel
-from nets import METHODS, chain, cross_entropy, random_vectors
+from nets import chain, cross_entropy, random_vectors
 from torch import Tensor, nn
 
 N = 6
-FITTED = [name for name in METHODS if name != "identity"]
 
 
 def model(net: nn.Module | None = None, loss_fn: Any = cross_entropy, **options: Any) -> InfluenceModel:

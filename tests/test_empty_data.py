@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from ihvp import EKFACIHVP, KFACIHVP, ExactIHVP
+from method_cases import FITTED
 from nets import METHODS
-from sound_problem import FITTED, calculator, check, ekfac, loader, model, own
+from sound_problem import calculator, check, ekfac, loader, model, own
 from torch import Tensor, nn
 
 EMPTY = r"the loader yielded no batch"

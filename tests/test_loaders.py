@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_scores import DAMPING, Dense, everything
+from dense_problem import DAMPING, Dense, everything
 from ihvp import EKFACIHVP, FirstOrderInfluenceCalculator, InfluenceModel
 from nets import assert_near, batches, plain
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from ihvp import ExactIHVP, FirstOrderInfluenceCalculator
+from method_cases import FITTED
 from nets import METHODS, cross_entropy
-from sound_problem import FITTED, N, check, model, x, y
+from sound_problem import N, check, model, x, y
 from torch import Tensor, nn
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense_scores import DAMPING, Dense
+from dense_problem import DAMPING, Dense
 from ihvp import EKFACIHVP, Batch, FirstOrderInfluenceCalculator, InfluenceModel
 from nets import (
     F64,

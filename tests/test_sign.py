@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dense_scores import DAMPING, Dense, everything
+from dense_problem import DAMPING, Dense, everything
 from ihvp import Batch, ExactIHVP, FirstOrderInfluenceCalculator, IdentityIHVP, InfluenceModel, Order
 from nets import F64, METHODS, assert_near, batches, cross_entropy, gradients, rows, squared_error, tokens
 from torch import Tensor, nn

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from ihvp import ExactIHVP, FirstOrderInfluenceCalculator
+from method_cases import FITTED
 from nets import METHODS, assert_near, plain, random_vectors
-from sound_problem import FITTED, V, check, loader, own
+from sound_problem import V, check, loader, own
 
 
 @pytest.mark.parametrize("method", FITTED)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_scores import DAMPING, Dense
+from dense_problem import DAMPING, Dense
 from ihvp import Batch, FirstOrderInfluenceCalculator, Order
 from nets import METHODS, assert_near, batches, plain
 from torch import Tensor
