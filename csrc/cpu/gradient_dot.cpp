@@ -117,10 +117,23 @@ struct Block {
     int64_t o0, o1, i0, i1;
 };
 
-// The block of g_n in `g`, rows of block_side. `buffer` holds 2 * block_positions rows of block_side.
+// Asks the L2 cache for columns c0..c1 of the rows first..end, where rows can be used as they lie: short pieces of far
+// rows, which no hardware prefetcher foresees.
+template <class T>
+IHVP_INLINE void fetch(const Rows& m, int64_t first, int64_t end, int64_t c0, int64_t c1) {
+    for (int64_t row = first; row < end; ++row) {
+        const T* data = lying_row<T>(m, row);
+        if (data == nullptr) return;
+        for (int64_t c = c0; c < c1; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(data + c, 0, 2);
+    }
+}
+
+// The block of g_n in `g`, rows of block_side. `buffer` holds 2 * block_positions rows of block_side. The positions
+// from `next` on are fetched meanwhile.
 constexpr int64_t block_positions = 256;
 template <class T>
-void gradient_block(T* g, const Rows& a, const Rows& delta, int64_t first, int64_t positions, Block b, T* buffer) {
+void gradient_block(T* g, const Rows& a, const Rows& delta, int64_t first, int64_t positions, Block b, T* buffer,
+                    int64_t next) {
     constexpr int64_t W = Panels<T>::width;
     int64_t outputs = b.o1 - b.o0, inputs = b.i1 - b.i0;
     for (int64_t t = 0; t < positions; t += block_positions) {
@@ -128,8 +141,12 @@ void gradient_block(T* g, const Rows& a, const Rows& delta, int64_t first, int64
         Panels<T> d{buffer, depth, outputs}, x{buffer + block_positions * block_side, depth, inputs};
         pack_straight(d, delta, first + t, 0, depth, b.o0);
         pack_straight(x, a, first + t, 0, depth, b.i0);
+        int64_t tiles = x.count() * ceil_div(outputs, tile_rows), share = ceil_div(depth, tiles), ahead = next + t;
+        int64_t ahead_end = least(ahead + depth, a.count);
         for (int64_t p = 0; p < x.count(); ++p) {
-            for (int64_t i = 0; i < outputs; i += tile_rows) {
+            for (int64_t i = 0; i < outputs; i += tile_rows, ahead += share) {
+                fetch<T>(delta, ahead, least(ahead_end, ahead + share), b.o0, b.o1);
+                fetch<T>(a, ahead, least(ahead_end, ahead + share), b.i0, least(a.stored, b.i1));
                 T* target = g + i * block_side + p * W;
                 Tile<T> tile;
                 if (t > 0) {
@@ -184,8 +201,10 @@ Status gradient_first(const View& out, const View& P, const Rows& a, const Rows&
             for (int64_t index = part; index < blocks; index += parts) {
                 int64_t o0 = index / columns * block_outputs, i0 = index % columns * block_side;
                 Block b{o0, least(O, o0 + block_outputs), i0, least(I, i0 + block_side)};
-                for (int64_t n = 0; n < count; ++n)
-                    gradient_block(g + n * size, a, delta, (first + n) * positions, positions, b, tokens);
+                for (int64_t n = 0; n < count; ++n) {
+                    int64_t position = (first + n) * positions;
+                    gradient_block(g + n * size, a, delta, position, positions, b, tokens, position + positions);
+                }
                 int64_t inputs = b.i1 - b.i0, width = ceil_div(inputs, lanes) * lanes;
                 for (int64_t o = b.o0; o < b.o1; o += dot_rows) {
                     int64_t rows = least(dot_rows, b.o1 - o);
@@ -205,6 +224,9 @@ Status gradient_first(const View& out, const View& P, const Rows& a, const Rows&
                             }
                         }
                         for (int64_t n = 0; n < count; n += dot_examples) {
+                            int64_t next = q + dot_queries + n / dot_examples;
+                            if (next < least(Q, q + 2 * dot_queries))
+                                fetch<T>(matrix_rows(entry(P, next)), o, o + rows, b.i0, b.i1);
                             Several<T> right{g + n * size + (o - b.o0) * block_side, size, block_side};
                             dot_tile(sum + (q * rows_n + n) * lanes, rows_n * lanes, left, right, rows, width);
                         }
