@@ -9,9 +9,23 @@ namespace {
 // Positions summed in T before they are added to C, which may be wider.
 constexpr int64_t chunk_positions = 1024;
 
+// Adds a tile and its mirror image, which a tile of a block on the diagonal holds itself.
+template <class T, class S>
+struct AddMirrored {
+    StoreMatrix<T, S, true> upper, lower;
+    static bool mirrored(int64_t i, int64_t j) { return i / Panels<T>::width < j / Panels<T>::width; }
+    IHVP_INLINE void operator()(const Tile<T>& tile, int64_t i, int64_t j) const {
+        upper(tile, i, j);
+        if (mirrored(i, j)) lower(tile, i, j);
+    }
+    IHVP_INLINE void fetch(int64_t i, int64_t j) const {
+        upper.fetch(i, j);
+        if (mirrored(i, j)) lower.fetch(i, j);
+    }
+};
+
 template <class T, class S>
 Status update(const View& C, const View& x, const View& mask, bool bias, int threads) {
-    constexpr int64_t W = Panels<T>::width;
     Rows rows = token_rows(x, mask, bias);
     int64_t d = rows.features, depth = least(chunk_positions, rows.count);
     Workspace space;
@@ -19,19 +33,14 @@ Status update(const View& C, const View& x, const View& mask, bool bias, int thr
     if (!space.allocate()) return Status::out_of_memory;
     T* memory = space.take<T>(Panels<T>::size(depth, d));
 
-    auto upper = matrix_target<T, S, true>(C);
-    View mirrored = C;
-    mirrored.stride[0] = C.stride[1];
-    mirrored.stride[1] = C.stride[0];
-    auto lower = matrix_target<T, S, true>(mirrored);
-
+    View mirror = C;
+    mirror.stride[0] = C.stride[1];
+    mirror.stride[1] = C.stride[0];
+    AddMirrored<T, S> add{matrix_target<T, S, true>(C), matrix_target<T, S, true>(mirror)};
     for (int64_t first = 0; first < rows.count; first += depth) {
         Panels<T> packed{memory, least(depth, rows.count - first), d};
         pack_straight(packed, rows, first, threads);
-        product<T, true>(packed, packed, threads, [&](const Tile<T>& tile, int64_t r, int64_t c) {
-            upper(tile, r, c);
-            if (r / W < c / W) lower(tile, r, c);
-        });
+        product<T, true>(packed, packed, threads, add);
     }
     return Status::ok;
 }
