@@ -24,6 +24,7 @@ namespace ihvp {
 
 #ifdef IHVP_HAVE_AMX
 namespace amx {
+Status covariance_update(View, View, View, bool, int);
 Status weighted_ghost_dot(View, View, View, View, View, View, View, View, bool, Precision, int);
 int64_t peak_bf16(int64_t, int);
 }  // namespace amx
@@ -56,6 +57,7 @@ const Kernels* amx_kernels() {
     static const Kernels table = [] {
         Kernels own = avx512::kernels;
         own.isa = "amx";
+        own.covariance_update = amx::covariance_update;
         own.weighted_ghost_dot = amx::weighted_ghost_dot;
         own.peak_bf16 = amx::peak_bf16;
         return own;

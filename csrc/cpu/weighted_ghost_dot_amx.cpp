@@ -3,10 +3,7 @@
 //     bf16:   v w ~ hi_v hi_w                              relative error about 2e-3, at most 8e-3
 //     bf16x3: v w ~ hi_v hi_w + hi_v lo_w + lo_v hi_w      relative error about 4e-6, at most 5e-5
 // summed in float32. Tiles flush denormals: below 1e-35 lo is lost.
-#include <immintrin.h>
-
 #include "amx.h"
-#include "engine.h"
 
 namespace ihvp {
 
@@ -19,8 +16,6 @@ namespace IHVP_ISA {
 namespace {
 
 constexpr int64_t chunk_examples = 2048;
-constexpr int64_t step = 32;            // k of one tile product
-constexpr int64_t tile_elements = 512;  // bfloat16 numbers of a tile: 16 rows of 32
 // The longest k block: its split rows, 36 KB, stay in the L1 cache.
 template <int pieces>
 constexpr int64_t block_steps = 18 / pieces;
@@ -97,13 +92,7 @@ void pack_products(uint16_t* out, const float* row1, const float* rows2, int64_t
     }
 }
 
-IHVP_INLINE void fetch_tile(const uint16_t* tile) {
-#pragma GCC unroll 16
-    for (int line = 0; line < 16; ++line) __builtin_prefetch(tile + line * 32, 0, 3);
-}
-
-// sums (four tiles of 16 x 16, row halves outer) (+)= the split product over `steps` steps. Tiles are loaded past the
-// prefetchers, so the weight's next step is asked for while this one is multiplied.
+// sums (four tiles of 16 x 16, row halves outer) (+)= the split product over `steps` steps.
 template <int pieces>
 IHVP_INLINE void multiply_tiles(float* sums, bool first, const uint16_t* x, const uint16_t* w, int64_t steps) {
     if (first) {
