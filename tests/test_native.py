@@ -252,3 +252,25 @@ def test_covariance_of_bfloat16_tokens_that_are_not_finite(isa: str) -> None:
     C = torch.zeros(40, 40, dtype=torch.float64)
     ops.covariance_update_(C, x)
     torch.testing.assert_close(C, x.double().mT @ x.double(), equal_nan=True)
+
+
+@pytest.mark.parametrize(("T", "O", "I"), ((16, 9, 40), (37, 200, 31), (300, 33, 193)), ids=str)
+def test_gradient_dot_of_bfloat16_tokens(isa: str, T: int, O: int, I: int) -> None:
+    """At sizes that fill no tile, beyond one block of positions, of outputs and of inputs."""
+    generator = torch.Generator().manual_seed(0)
+    Q, N = 3, 8
+    P = torch.randn(Q, O, I + 1, generator=generator)
+    a = torch.randn(N, I, T, generator=generator).bfloat16().mT
+    delta = torch.randn(N, T, O + 2, generator=generator).bfloat16()[..., 1:-1]
+    mask = torch.rand(N, T, generator=generator) < 0.8
+    x, d = make_pair(a, delta, mask)
+    want = torch.einsum("qoi,nto,nti->qn", P.double(), d, x)
+    got = torch.empty(Q, N)
+    _native.gradient_dot(got, P, a, delta, mask, True, False, "gradient_first", 2)
+    assert float((got - want).norm() / want.norm()) < 3e-6
+
+
+def make_pair(a: Tensor, delta: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens in float64 with the bias feature written out and masked positions zero."""
+    x = torch.cat([a, a.new_ones(*a.shape[:2], 1)], dim=2).double()
+    return x * mask.unsqueeze(2), delta.double() * mask.unsqueeze(2)

@@ -51,10 +51,10 @@ struct TokenTiles {
     uint16_t* at(int64_t block, int64_t s) const { return data + (block * steps + s) * 2 * tile_elements; }
 };
 
-// One step of all columns as right tiles: the positions first.., at most 32 of them; missing ones are zero.
-// Out of line: inlined, gcc leaves a weak symbol for unwinding, though nothing throws.
+// One step as right tiles: the columns from first_column on of the positions first.., at most 32; missing ones are
+// zero. Out of line: inlined, gcc leaves a weak symbol for unwinding, though nothing throws.
 __attribute__((noinline)) inline void pack_right(const TokenTiles& out, int64_t s, const Rows& x, int64_t first,
-                                                 int64_t count) {
+                                                 int64_t count, int64_t first_column = 0) {
     uint16_t order[2][32];
     for (int c = 0; c < 32; ++c) {
         order[0][c] = uint16_t(c / 2 + c % 2 * 32);
@@ -63,7 +63,7 @@ __attribute__((noinline)) inline void pack_right(const TokenTiles& out, int64_t 
     __m512i low = _mm512_loadu_si512(order[0]), high = _mm512_loadu_si512(order[1]);
     for (int64_t r = 0; r < step / 2; ++r) {
         for (int64_t block = 0; block < out.blocks; ++block) {
-            int64_t k = 2 * r, c0 = block * tile_block;
+            int64_t k = 2 * r, c0 = first_column + block * tile_block;
             __m512i even = k < count ? token_bits(x, first + k, c0) : _mm512_setzero_si512();
             __m512i odd = k + 1 < count ? token_bits(x, first + k + 1, c0) : _mm512_setzero_si512();
             uint16_t* to = out.at(block, s) + r * 32;

@@ -2,7 +2,11 @@
 // query_first: (delta P[q])[m,i] by one product a query, then a row dot with a.
 // gradient_first: a block of g_n = sum_t delta a^T for some examples, then its dots with that block of P; g is never
 // whole, and P is read once for those examples.
+#ifdef __AMX_BF16__
+#include "amx.h"
+#else
 #include "engine.h"
+#endif
 
 namespace ihvp {
 namespace IHVP_ISA {
@@ -128,12 +132,55 @@ IHVP_INLINE void fetch(const Rows& m, int64_t first, int64_t end, int64_t c0, in
     }
 }
 
+constexpr int64_t block_positions = 256;
+
+#ifdef __AMX_BF16__
+// The block of g_n of bfloat16 tokens, on tiles; `buffer` as for gradient_block.
+void gradient_tiles(float* g, const Rows& a, const Rows& delta, int64_t first, int64_t positions, Block b,
+                    float* buffer) {
+    constexpr int64_t most_tiles = block_positions * block_side;
+    int64_t outputs = b.o1 - b.o0, inputs = b.i1 - b.i0;
+    _tile_loadconfig(&tile_config);
+    for (int64_t t = 0; t < positions; t += block_positions) {
+        int64_t depth = least(block_positions, positions - t), steps = ceil_div(depth, step);
+        uint16_t* memory = reinterpret_cast<uint16_t*>(buffer);
+        TokenTiles x{memory, ceil_div(inputs, tile_block), steps};
+        TokenTiles packed{memory + most_tiles, ceil_div(outputs, tile_block), steps};
+        TokenTiles d{memory + 2 * most_tiles, packed.blocks, steps};
+        for (int64_t s = 0; s < steps; ++s) {
+            int64_t count = least(step, depth - s * step);
+            pack_right(x, s, a, first + t + s * step, count, b.i0);
+            pack_right(packed, s, delta, first + t + s * step, count, b.o0);
+        }
+        left_from_right(d.data, packed.data, packed.blocks * steps * 2);
+        auto take = [&](const Tile<float>& tile, int64_t i, int64_t j) {
+            for (int r = 0; r < tile_rows && i < outputs; ++r) {
+                for (int v = 0; v < tile.vectors; ++v) {
+                    float* at = g + (i + r) * block_side + j + v * Lanes<float>::width;
+                    store(at, t > 0 ? load(at) + tile.acc[r][v] : tile.acc[r][v]);
+                }
+            }
+        };
+        for (int64_t i = 0; i < d.blocks; ++i) {
+            for (int64_t j = 0; j < x.blocks; ++j)
+                multiply_blocks(d.at(i, 0), i * tile_block, x.at(j, 0), j * tile_block, steps, take);
+        }
+    }
+    _tile_release();
+}
+#endif
+
 // The block of g_n in `g`, rows of block_side. `buffer` holds 2 * block_positions rows of block_side. The positions
 // from `next` on are fetched meanwhile.
-constexpr int64_t block_positions = 256;
 template <class T>
 void gradient_block(T* g, const Rows& a, const Rows& delta, int64_t first, int64_t positions, Block b, T* buffer,
                     int64_t next) {
+#ifdef __AMX_BF16__
+    bool padded = positions < step / 2;  // tiles would be
+    if (sizeof(T) == sizeof(float) && a.dtype == DType::bf16 && delta.dtype == DType::bf16 && !padded)
+        return gradient_tiles(reinterpret_cast<float*>(g), a, delta, first, positions, b,
+                              reinterpret_cast<float*>(buffer));
+#endif
     constexpr int64_t W = Panels<T>::width;
     int64_t outputs = b.o1 - b.o0, inputs = b.i1 - b.i0;
     for (int64_t t = 0; t < positions; t += block_positions) {
