@@ -18,6 +18,8 @@ namespace ihvp {
 
 #ifdef IHVP_HAVE_AMX
 namespace amx {
+Status covariance_update(View, View, View, bool, int);
+Status gradient_dot(View, View, View, View, View, bool, bool, Order, int);
 Status weighted_ghost_dot(View, View, View, View, View, View, View, View, bool, Precision, int);
 int64_t peak_bf16(int64_t, int);
 }  // namespace amx
@@ -50,6 +52,8 @@ const Kernels* amx_kernels() {
     static const Kernels table = [] {
         Kernels own = avx512::kernels;
         own.isa = "amx";
+        own.covariance_update = amx::covariance_update;
+        own.gradient_dot = amx::gradient_dot;
         own.weighted_ghost_dot = amx::weighted_ghost_dot;
         own.peak_bf16 = amx::peak_bf16;
         return own;

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ihvp import _native
+from ihvp import _native, ops
 from op_cases import ISAS, NATIVE_OPS, make
 from torch import Tensor
 
@@ -228,3 +228,49 @@ def test_bfloat16_has_a_peak_where_there_are_tiles(isa: str) -> None:
 def test_wrong_arguments_of_the_peak_are_named(dtype: str, rounds: int, threads: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _native.peak(dtype, rounds, threads)
+
+
+@pytest.mark.parametrize("accumulator", (torch.float32, torch.float64))
+@pytest.mark.parametrize(("N", "T", "d"), ((3, 11, 32), (1, 70, 131), (40, 53, 70)), ids=str)
+def test_covariance_of_bfloat16_tokens(isa: str, N: int, T: int, d: int, accumulator: torch.dtype) -> None:
+    """Beyond one chunk of positions, at sizes that fill no tile, with gaps between rows; whatever lies there stays."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(N, d, T + 3, generator=generator).bfloat16().mT[:, 3:]
+    mask = torch.rand(N, T, generator=generator) < 0.8
+    C = torch.full((d + 4, d + 4), 2.0, dtype=accumulator)
+    ops.covariance_update_(C[1 : d + 2, 2 : d + 3], x, mask=mask, bias=True)
+    rows = torch.cat([x, x.new_ones(N, T, 1)], dim=2)[mask].double()
+    want = torch.full_like(C, 2.0, dtype=torch.float64)
+    want[1 : d + 2, 2 : d + 3] += rows.mT @ rows
+    assert float((C - want).norm() / want.norm()) < 3e-6  # a thousand terms are summed in float32
+
+
+def test_covariance_of_bfloat16_tokens_that_are_not_finite(isa: str) -> None:
+    x = torch.ones(64, 40, dtype=torch.bfloat16)
+    x[3, 5], x[9, 17], x[20] = torch.inf, torch.nan, 0.0
+    x[3, 6] = 0.0
+    C = torch.zeros(40, 40, dtype=torch.float64)
+    ops.covariance_update_(C, x)
+    torch.testing.assert_close(C, x.double().mT @ x.double(), equal_nan=True)
+
+
+@pytest.mark.parametrize(("T", "O", "I"), ((16, 9, 40), (37, 200, 31), (300, 33, 193)), ids=str)
+def test_gradient_dot_of_bfloat16_tokens(isa: str, T: int, O: int, I: int) -> None:
+    """At sizes that fill no tile, beyond one block of positions, of outputs and of inputs."""
+    generator = torch.Generator().manual_seed(0)
+    Q, N = 3, 8
+    P = torch.randn(Q, O, I + 1, generator=generator)
+    a = torch.randn(N, I, T, generator=generator).bfloat16().mT
+    delta = torch.randn(N, T, O + 2, generator=generator).bfloat16()[..., 1:-1]
+    mask = torch.rand(N, T, generator=generator) < 0.8
+    x, d = make_pair(a, delta, mask)
+    want = torch.einsum("qoi,nto,nti->qn", P.double(), d, x)
+    got = torch.empty(Q, N)
+    _native.gradient_dot(got, P, a, delta, mask, True, False, "gradient_first", 2)
+    assert float((got - want).norm() / want.norm()) < 3e-6
+
+
+def make_pair(a: Tensor, delta: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens in float64 with the bias feature written out and masked positions zero."""
+    x = torch.cat([a, a.new_ones(*a.shape[:2], 1)], dim=2).double()
+    return x * mask.unsqueeze(2), delta.double() * mask.unsqueeze(2)

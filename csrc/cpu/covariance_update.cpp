@@ -1,5 +1,9 @@
 // C += sum over real positions of x x^T: the tiles on and above the diagonal, each added to its mirror image too.
+#ifdef __AMX_BF16__
+#include "amx.h"
+#else
 #include "engine.h"
+#endif
 
 namespace ihvp {
 namespace IHVP_ISA {
@@ -9,9 +13,31 @@ namespace {
 // Positions summed in T before they are added to C, which may be wider.
 constexpr int64_t chunk_positions = 1024;
 
+// Adds a tile and its mirror image, which a tile of a block on the diagonal holds itself.
+template <class T, class S, int64_t block>
+struct AddMirrored {
+    StoreMatrix<T, S, true> upper, lower;
+    static bool mirrored(int64_t i, int64_t j) { return i / block < j / block; }
+    IHVP_INLINE void operator()(const Tile<T>& tile, int64_t i, int64_t j) const {
+        upper(tile, i, j);
+        if (mirrored(i, j)) lower(tile, i, j);
+    }
+    IHVP_INLINE void fetch(int64_t i, int64_t j) const {
+        upper.fetch(i, j);
+        if (mirrored(i, j)) lower.fetch(i, j);
+    }
+};
+
+template <class T, class S, int64_t block>
+AddMirrored<T, S, block> add_mirrored(const View& C) {
+    View mirror = C;
+    mirror.stride[0] = C.stride[1];
+    mirror.stride[1] = C.stride[0];
+    return {matrix_target<T, S, true>(C), matrix_target<T, S, true>(mirror)};
+}
+
 template <class T, class S>
 Status update(const View& C, const View& x, const View& mask, bool bias, int threads) {
-    constexpr int64_t W = Panels<T>::width;
     Rows rows = token_rows(x, mask, bias);
     int64_t d = rows.features, depth = least(chunk_positions, rows.count);
     Workspace space;
@@ -19,26 +45,60 @@ Status update(const View& C, const View& x, const View& mask, bool bias, int thr
     if (!space.allocate()) return Status::out_of_memory;
     T* memory = space.take<T>(Panels<T>::size(depth, d));
 
-    auto upper = matrix_target<T, S, true>(C);
-    View mirrored = C;
-    mirrored.stride[0] = C.stride[1];
-    mirrored.stride[1] = C.stride[0];
-    auto lower = matrix_target<T, S, true>(mirrored);
-
+    auto add = add_mirrored<T, S, Panels<T>::width>(C);
     for (int64_t first = 0; first < rows.count; first += depth) {
         Panels<T> packed{memory, least(depth, rows.count - first), d};
         pack_straight(packed, rows, first, threads);
-        product<T, true>(packed, packed, threads, [&](const Tile<T>& tile, int64_t r, int64_t c) {
-            upper(tile, r, c);
-            if (r / W < c / W) lower(tile, r, c);
-        });
+        product<T, true>(packed, packed, threads, add);
     }
     return Status::ok;
 }
 
+#ifdef __AMX_BF16__
+// bfloat16 tokens as they are: products are exact, and sums in float32 as for float tokens.
+template <class S>
+Status update_tiles(const View& C, const Rows& rows, int threads) {
+    constexpr int64_t chunk = 2 * chunk_positions;  // of half the bytes
+    constexpr int64_t group = 4;                    // blocks of both sides that lie in the L2 cache together
+    int64_t blocks = ceil_div(rows.features, tile_block), most_steps = ceil_div(least(chunk, rows.count), step);
+    int64_t groups = ceil_div(blocks, group);
+    int64_t size = blocks * most_steps * 2 * tile_elements;
+    Workspace space;
+    space.plan<uint16_t>(2 * size + 2 * tile_elements);  // one step more, which is fetched only
+    if (!space.allocate()) return Status::out_of_memory;
+    uint16_t* memory = space.take<uint16_t>(2 * size + 2 * tile_elements);
+    auto add = add_mirrored<float, S, tile_block>(C);
+    for (int64_t first = 0; first < rows.count; first += chunk) {
+        int64_t count = least(chunk, rows.count - first), steps = ceil_div(count, step);
+        TokenTiles left{memory, blocks, steps}, right{memory + size, blocks, steps};
+        parallel(threads, steps, [&](int64_t s, int) {
+            pack_right(right, s, rows, first + s * step, least(step, count - s * step));
+            for (int64_t block = 0; block < blocks; ++block) left_from_right(left.at(block, s), right.at(block, s), 2);
+        });
+        parallel(threads, groups * groups, [&](int64_t task, int) {
+            int64_t i0 = task / groups * group, j0 = task % groups * group;
+            if (j0 < i0) return;
+            _tile_loadconfig(&tile_config);
+            for (int64_t i = i0; i < least(blocks, i0 + group); ++i) {
+                for (int64_t j = most(i, j0); j < least(blocks, j0 + group); ++j)
+                    multiply_blocks(left.at(i, 0), i * tile_block, right.at(j, 0), j * tile_block, steps, add);
+            }
+            _tile_release();
+        });
+    }
+    return Status::ok;
+}
+#endif
+
 }  // namespace
 
 Status covariance_update(View C, View x, View mask, bool bias, int threads) {
+#ifdef __AMX_BF16__
+    Rows rows = token_rows(x, mask, bias);
+    bool filled = rows.features >= tile_block && rows.count >= step;  // smaller, tiles would be mostly padding
+    if (x.dtype == DType::bf16 && C.dtype == DType::f32 && filled) return update_tiles<float>(C, rows, threads);
+    if (x.dtype == DType::bf16 && C.dtype == DType::f64 && filled) return update_tiles<double>(C, rows, threads);
+#endif
     if (x.dtype == DType::f64) return update<double, double>(C, x, mask, bias, threads);
     if (C.dtype == DType::f64) return update<float, double>(C, x, mask, bias, threads);
     return update<float, float>(C, x, mask, bias, threads);

@@ -222,6 +222,14 @@ IHVP_INLINE void multiply(Tile<T>& tile, const Panels<T>& x, int64_t i, const Pa
 template <class T>
 constexpr int64_t product_rows = block_rows * int64_t(sizeof(float)) / int64_t(sizeof(T));
 
+// What follows a tile may ask for the memory it needs before the tile is computed: finish.fetch(i, j).
+template <class Finish>
+IHVP_INLINE auto fetch_for(const Finish& finish, int64_t i, int64_t j) -> decltype(finish.fetch(i, j)) {
+    finish.fetch(i, j);
+}
+template <class... Others>
+IHVP_INLINE void fetch_for(const Others&...) {}
+
 // X^T Y for the columns i0..i1 of X and the panels p0..p1 of Y, all of k. What is multiplied at a time lies in the L2
 // cache: product_rows columns of X, one panel of Y, block_k of k. Where k is longer, the tiles of a block of X by
 // block_panels of Y wait for the next block of k.
@@ -247,6 +255,7 @@ IHVP_INLINE void product(const Panels<T>& x, int64_t i0, int64_t i1, const Panel
                     Tile<T>* tile = waiting + (whole ? 0 : (p - group) * block_tiles);
                     for (int64_t i = rows; i < end; i += tile_rows) {
                         int64_t done = (i - rows) / tile_rows * (k1 - k) * share;
+                        if (k1 == x.depth) fetch_for(finish, i, p * W);
                         multiply(*tile, x, i, y, p, k, k1, k > 0, {reinterpret_cast<const char*>(next) + done, share});
                         if (k1 == x.depth) finish(*tile, i, p * W);
                         tile += whole ? 0 : 1;
@@ -292,25 +301,58 @@ struct StorePanels {
     }
 };
 
-// out[i, j] (= or +=) tile, for a matrix of any strides, float or double, and its mirror image where asked.
+// out[i, j] (= or +=) tile, for a matrix of any strides, float or double.
 template <class T, class S, bool add>
 struct StoreMatrix {
     S* out;
     int64_t rows, columns, stride_row, stride_column;
+    static constexpr int lanes = Lanes<T>::width;
+
     IHVP_INLINE void operator()(const Tile<T>& tile, int64_t i, int64_t j) const {
         int height = int(least(tile_rows, rows - i));
+        if (stride_row == 1 && stride_column != 1 && height == tile_rows) return by_columns(tile, i, j);
         for (int r = 0; r < height; ++r) {
             for (int v = 0; v < tile.vectors; ++v) {
-                int64_t column = j + v * Lanes<T>::width, left = columns - column;
+                int64_t column = j + v * lanes, left = columns - column;
                 S* at = out + (i + r) * stride_row + column * stride_column;
-                if (stride_column == 1 && left >= Lanes<T>::width) {
+                if (stride_column == 1 && left >= lanes) {
                     put(at, tile.acc[r][v]);
                 } else {
-                    T spilled[Lanes<T>::width];
+                    T spilled[lanes];
                     store(spilled, tile.acc[r][v]);
-                    for (int64_t c = 0; c < least(Lanes<T>::width, left); ++c) put(at[c * stride_column], spilled[c]);
+                    for (int64_t c = 0; c < least(lanes, left); ++c) put(at[c * stride_column], spilled[c]);
                 }
             }
+        }
+    }
+    // The columns of a tile are what lies together.
+    IHVP_INLINE void by_columns(const Tile<T>& tile, int64_t i, int64_t j) const {
+        constexpr int together = tile_rows < lanes ? tile_rows : lanes;
+        for (int v = 0; v < tile.vectors; ++v) {
+            int64_t column = j + v * lanes, count = least(lanes, columns - column);
+            for (int first = 0; first < tile_rows; first += together) {
+                Vec<T> square[lanes] = {};
+                for (int r = 0; r < together; ++r) square[r] = tile.acc[first + r][v];
+                transpose<T>(square);
+                for (int64_t c = 0; c < count; ++c) {
+                    T spilled[lanes];
+                    store(spilled, square[c]);
+                    S* at = out + i + first + (column + c) * stride_column;
+                    for (int r = 0; r < together; ++r) put(at[r], spilled[r]);
+                }
+            }
+        }
+    }
+    // Asks for what a tile will be added to, while the tile is computed.
+    IHVP_INLINE void fetch(int64_t i, int64_t j) const {
+        if (!add) return;
+        int64_t height = least(tile_rows, rows - i), width = least(Panels<T>::width, columns - j);
+        int64_t along = stride_column == 1 ? width : height, across = stride_column == 1 ? height : width;
+        int64_t stride = stride_column == 1 ? stride_row : stride_column;
+        const S* at = out + i * stride_row + j * stride_column;
+        for (int64_t r = 0; r < across; ++r, at += stride) {
+            for (int64_t c = 0; c < along; c += 64 / int64_t(sizeof(S))) __builtin_prefetch(at + c, 1, 2);
+            __builtin_prefetch(at + along - 1, 1, 2);
         }
     }
     IHVP_INLINE static void put(S& at, T value) { at = add ? S(at + S(value)) : S(value); }
@@ -318,9 +360,9 @@ struct StoreMatrix {
         if constexpr (sizeof(S) == sizeof(T)) {
             store(at, add ? load(at) + value : value);
         } else {
-            T spilled[Lanes<T>::width];
+            T spilled[lanes];
             store(spilled, value);
-            for (int c = 0; c < Lanes<T>::width; ++c) put(at[c], spilled[c]);
+            for (int c = 0; c < lanes; ++c) put(at[c], spilled[c]);
         }
     }
 };

@@ -2,7 +2,11 @@
 // query_first: (delta P[q])[m,i] by one product a query, then a row dot with a.
 // gradient_first: a block of g_n = sum_t delta a^T for some examples, then its dots with that block of P; g is never
 // whole, and P is read once for those examples.
+#ifdef __AMX_BF16__
+#include "amx.h"
+#else
 #include "engine.h"
+#endif
 
 namespace ihvp {
 namespace IHVP_ISA {
@@ -117,10 +121,66 @@ struct Block {
     int64_t o0, o1, i0, i1;
 };
 
-// The block of g_n in `g`, rows of block_side. `buffer` holds 2 * block_positions rows of block_side.
-constexpr int64_t block_positions = 256;
+// Asks the L2 cache for columns c0..c1 of the rows first..end, where rows can be used as they lie: short pieces of far
+// rows, which no hardware prefetcher foresees.
 template <class T>
-void gradient_block(T* g, const Rows& a, const Rows& delta, int64_t first, int64_t positions, Block b, T* buffer) {
+IHVP_INLINE void fetch(const Rows& m, int64_t first, int64_t end, int64_t c0, int64_t c1) {
+    for (int64_t row = first; row < end; ++row) {
+        const T* data = lying_row<T>(m, row);
+        if (data == nullptr) return;
+        for (int64_t c = c0; c < c1; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(data + c, 0, 2);
+    }
+}
+
+constexpr int64_t block_positions = 256;
+
+#ifdef __AMX_BF16__
+// The block of g_n of bfloat16 tokens, on tiles; `buffer` as for gradient_block.
+void gradient_tiles(float* g, const Rows& a, const Rows& delta, int64_t first, int64_t positions, Block b,
+                    float* buffer) {
+    constexpr int64_t most_tiles = block_positions * block_side;
+    int64_t outputs = b.o1 - b.o0, inputs = b.i1 - b.i0;
+    _tile_loadconfig(&tile_config);
+    for (int64_t t = 0; t < positions; t += block_positions) {
+        int64_t depth = least(block_positions, positions - t), steps = ceil_div(depth, step);
+        uint16_t* memory = reinterpret_cast<uint16_t*>(buffer);
+        TokenTiles x{memory, ceil_div(inputs, tile_block), steps};
+        TokenTiles packed{memory + most_tiles, ceil_div(outputs, tile_block), steps};
+        TokenTiles d{memory + 2 * most_tiles, packed.blocks, steps};
+        for (int64_t s = 0; s < steps; ++s) {
+            int64_t count = least(step, depth - s * step);
+            pack_right(x, s, a, first + t + s * step, count, b.i0);
+            pack_right(packed, s, delta, first + t + s * step, count, b.o0);
+        }
+        left_from_right(d.data, packed.data, packed.blocks * steps * 2);
+        auto take = [&](const Tile<float>& tile, int64_t i, int64_t j) {
+            for (int r = 0; r < tile_rows && i < outputs; ++r) {
+                for (int v = 0; v < tile.vectors; ++v) {
+                    float* at = g + (i + r) * block_side + j + v * Lanes<float>::width;
+                    store(at, t > 0 ? load(at) + tile.acc[r][v] : tile.acc[r][v]);
+                }
+            }
+        };
+        for (int64_t i = 0; i < d.blocks; ++i) {
+            for (int64_t j = 0; j < x.blocks; ++j)
+                multiply_blocks(d.at(i, 0), i * tile_block, x.at(j, 0), j * tile_block, steps, take);
+        }
+    }
+    _tile_release();
+}
+#endif
+
+// The block of g_n in `g`, rows of block_side. `buffer` holds 2 * block_positions rows of block_side. The positions
+// from `next` on are fetched meanwhile.
+template <class T>
+void gradient_block(T* g, const Rows& a, const Rows& delta, int64_t first, int64_t positions, Block b, T* buffer,
+                    int64_t next) {
+#ifdef __AMX_BF16__
+    bool padded = positions < step / 2;  // tiles would be
+    if (sizeof(T) == sizeof(float) && a.dtype == DType::bf16 && delta.dtype == DType::bf16 && !padded)
+        return gradient_tiles(reinterpret_cast<float*>(g), a, delta, first, positions, b,
+                              reinterpret_cast<float*>(buffer));
+#endif
     constexpr int64_t W = Panels<T>::width;
     int64_t outputs = b.o1 - b.o0, inputs = b.i1 - b.i0;
     for (int64_t t = 0; t < positions; t += block_positions) {
@@ -128,8 +188,12 @@ void gradient_block(T* g, const Rows& a, const Rows& delta, int64_t first, int64
         Panels<T> d{buffer, depth, outputs}, x{buffer + block_positions * block_side, depth, inputs};
         pack_straight(d, delta, first + t, 0, depth, b.o0);
         pack_straight(x, a, first + t, 0, depth, b.i0);
+        int64_t tiles = x.count() * ceil_div(outputs, tile_rows), share = ceil_div(depth, tiles), ahead = next + t;
+        int64_t ahead_end = least(ahead + depth, a.count);
         for (int64_t p = 0; p < x.count(); ++p) {
-            for (int64_t i = 0; i < outputs; i += tile_rows) {
+            for (int64_t i = 0; i < outputs; i += tile_rows, ahead += share) {
+                fetch<T>(delta, ahead, least(ahead_end, ahead + share), b.o0, b.o1);
+                fetch<T>(a, ahead, least(ahead_end, ahead + share), b.i0, least(a.stored, b.i1));
                 T* target = g + i * block_side + p * W;
                 Tile<T> tile;
                 if (t > 0) {
@@ -184,8 +248,10 @@ Status gradient_first(const View& out, const View& P, const Rows& a, const Rows&
             for (int64_t index = part; index < blocks; index += parts) {
                 int64_t o0 = index / columns * block_outputs, i0 = index % columns * block_side;
                 Block b{o0, least(O, o0 + block_outputs), i0, least(I, i0 + block_side)};
-                for (int64_t n = 0; n < count; ++n)
-                    gradient_block(g + n * size, a, delta, (first + n) * positions, positions, b, tokens);
+                for (int64_t n = 0; n < count; ++n) {
+                    int64_t position = (first + n) * positions;
+                    gradient_block(g + n * size, a, delta, position, positions, b, tokens, position + positions);
+                }
                 int64_t inputs = b.i1 - b.i0, width = ceil_div(inputs, lanes) * lanes;
                 for (int64_t o = b.o0; o < b.o1; o += dot_rows) {
                     int64_t rows = least(dot_rows, b.o1 - o);
@@ -205,6 +271,9 @@ Status gradient_first(const View& out, const View& P, const Rows& a, const Rows&
                             }
                         }
                         for (int64_t n = 0; n < count; n += dot_examples) {
+                            int64_t next = q + dot_queries + n / dot_examples;
+                            if (next < least(Q, q + 2 * dot_queries))
+                                fetch<T>(matrix_rows(entry(P, next)), o, o + rows, b.i0, b.i1);
                             Several<T> right{g + n * size + (o - b.o0) * block_side, size, block_side};
                             dot_tile(sum + (q * rows_n + n) * lanes, rows_n * lanes, left, right, rows, width);
                         }

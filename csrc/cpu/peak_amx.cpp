@@ -1,8 +1,5 @@
 // c += a b on bfloat16 tiles, over and over: the most multiply-adds that AMX does. Six sums hide the latency of one.
-#include <immintrin.h>
-
 #include "amx.h"
-#include "engine.h"
 
 namespace ihvp {
 namespace IHVP_ISA {

@@ -3,10 +3,7 @@
 //     bf16:   v w ~ hi_v hi_w                              relative error about 2e-3, at most 8e-3
 //     bf16x3: v w ~ hi_v hi_w + hi_v lo_w + lo_v hi_w      relative error about 4e-6, at most 5e-5
 // summed in float32. Tiles flush denormals: below 1e-35 lo is lost.
-#include <immintrin.h>
-
 #include "amx.h"
-#include "engine.h"
 
 namespace ihvp {
 
@@ -19,11 +16,9 @@ namespace IHVP_ISA {
 namespace {
 
 constexpr int64_t chunk_examples = 2048;
-constexpr int64_t step = 32;            // k of one tile product
-constexpr int64_t tile_elements = 512;  // bfloat16 numbers of a tile: 16 rows of 32
-// The k block: its split rows, 32 KB, stay in the L1 cache.
+// The longest k block: its split rows, 36 KB, stay in the L1 cache.
 template <int pieces>
-constexpr int64_t block_steps = 16 / pieces;
+constexpr int64_t block_steps = 18 / pieces;
 template <int pieces>
 constexpr int64_t step_elements = 2 * pieces * tile_elements;  // of one operand: two tiles a piece
 
@@ -112,15 +107,18 @@ IHVP_INLINE void multiply_tiles(float* sums, bool first, const uint16_t* x, cons
         _tile_loadd(3, sums + 768, 64);
     }
     for (int64_t s = 0; s < steps; ++s, x += step_elements<pieces>, w += step_elements<pieces>) {
+        const uint16_t* next = w + step_elements<pieces>;
         for (int p = 0; p < pieces; ++p) {
             _tile_loadd(4, x + 2 * p * tile_elements, 64);
             _tile_loadd(5, x + (2 * p + 1) * tile_elements, 64);
             for (int q = 0; p + q < pieces; ++q) {
                 _tile_loadd(6, w + 2 * q * tile_elements, 64);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(2, 5, 6);
                 _tile_loadd(7, w + (2 * q + 1) * tile_elements, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                if (p == 0) fetch_tile(next + 2 * q * tile_elements);
                 _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(2, 5, 6);
+                if (p == 0) fetch_tile(next + (2 * q + 1) * tile_elements);
                 _tile_dpbf16ps(3, 5, 7);
             }
         }
@@ -141,7 +139,7 @@ Status run(const View& out, const Rows& x1, const Rows& y1, const Rows& x2, cons
            bool rows_are_columns, int threads) {
     int64_t M = x1.count, N = x2.count, steps = ceil_div(x1.features, step), blocks = ceil_div(y1.features, 32);
     int64_t K = steps * step, O = blocks * 32, chunk = least(N, chunk_examples);
-    int64_t own_floats = blocks * 1024 + K + O;
+    int64_t own_floats = blocks * 1024 + K + O, own_steps = ceil_div(steps, ceil_div(steps, block_steps<pieces>));
     Workspace space;
     space.plan<uint16_t>(blocks * steps * step_elements<pieces>);
     space.plan<float>(chunk * K);
@@ -168,7 +166,7 @@ Status run(const View& out, const Rows& x1, const Rows& y1, const Rows& x2, cons
             }
         });
         parallel(threads, M * groups, [&](int64_t task, int thread) {
-            int64_t m = task / groups, n0 = task % groups * 32, height = least(32, count - n0);
+            int64_t m = task % M, n0 = task / M * 32, height = least(32, count - n0);
             float* sums = scratch + thread * own_floats;
             float* row_x = sums + blocks * 1024;
             float* row_y = row_x + K;
@@ -176,8 +174,8 @@ Status run(const View& out, const Rows& x1, const Rows& y1, const Rows& x2, cons
             read_padded(row_x, x1, m, K);
             read_padded(row_y, y1, m, O);
             _tile_loadconfig(&tile_config);
-            for (int64_t s = 0; s < steps; s += block_steps<pieces>) {
-                int64_t end = least(steps, s + block_steps<pieces>);
+            for (int64_t s = 0; s < steps; s += own_steps) {
+                int64_t end = least(steps, s + own_steps);
                 pack_products<pieces>(own, row_x, rows_x + n0 * K, K, height, s, end);
                 for (int64_t b = 0; b < blocks; ++b)
                     multiply_tiles<pieces>(sums + b * 1024, s == 0, own, w + (b * steps + s) * step_elements<pieces>,
