@@ -62,10 +62,10 @@ struct Block {
     int64_t o0, o1, i0, i1;
 };
 
-// The block of g_n in `g`, rows of `stride`. `buffer` holds 2 * block_positions rows of block_side.
+// The block of g_n in `g`, rows of block_side. `buffer` holds 2 * block_positions rows of block_side.
 constexpr int64_t block_positions = 256;
 template <class T>
-void gradient_block(T* g, int64_t stride, const Rows& a, const Rows& delta, int64_t first, int64_t positions, Block b, T* buffer) {
+void gradient_block(T* g, const Rows& a, const Rows& delta, int64_t first, int64_t positions, Block b, T* buffer) {
     constexpr int64_t W = Panels<T>::width;
     int64_t outputs = b.o1 - b.o0, inputs = b.i1 - b.i0;
     for (int64_t t = 0; t < positions; t += block_positions) {
@@ -75,18 +75,18 @@ void gradient_block(T* g, int64_t stride, const Rows& a, const Rows& delta, int6
         pack_straight(x, a, first + t, 0, depth, b.i0);
         for (int64_t p = 0; p < x.count(); ++p) {
             for (int64_t i = 0; i < outputs; i += tile_rows) {
-                T* target = g + i * stride + p * W;
+                T* target = g + i * block_side + p * W;
                 Tile<T> tile;
                 if (t > 0) {
                     for (int r = 0; r < tile_rows; ++r) {
                         for (int v = 0; v < tile_vectors; ++v)
-                            tile.acc[r][v] = load(target + r * stride + v * Lanes<T>::width);
+                            tile.acc[r][v] = load(target + r * block_side + v * Lanes<T>::width);
                     }
                 }
                 multiply(tile, d, i, x, p, 0, depth, t > 0);
                 for (int r = 0; r < tile_rows; ++r) {
                     for (int v = 0; v < tile.vectors; ++v)
-                        store(target + r * stride + v * Lanes<T>::width, tile.acc[r][v]);
+                        store(target + r * block_side + v * Lanes<T>::width, tile.acc[r][v]);
                 }
             }
         }
@@ -134,7 +134,7 @@ Status gradient_first(const View& out, const Group& group, int threads) {
             auto add_block = [&](const View& P, const Rows& a, const Rows& delta, Block b) {
                 int64_t inputs = b.i1 - b.i0, width = ceil_div(inputs, lanes) * lanes;
                 for (int64_t n = 0; n < count; ++n)
-                    gradient_block(g + n * size, width, a, delta, (first + n) * positions, positions, b, tokens);
+                    gradient_block(g + n * size, a, delta, (first + n) * positions, positions, b, tokens);
                 int64_t dot_rows = dot_length / width;
                 for (int64_t o = b.o0; o < b.o1; o += dot_rows) {
                     int64_t rows = least(dot_rows, b.o1 - o);
@@ -154,7 +154,7 @@ Status gradient_first(const View& out, const Group& group, int threads) {
                             }
                         }
                         for (int64_t n = 0; n < count; n += dot_examples) {
-                            Several<T> right{g + n * size + (o - b.o0) * width, size, width};
+                            Several<T> right{g + n * size + (o - b.o0) * block_side, size, block_side};
                             dot_tile(sum + (q * rows_n + n) * lanes, rows_n * lanes, left, right, rows, width);
                         }
                     }
