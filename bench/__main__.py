@@ -1,4 +1,4 @@
-"""python -m bench ops | orders | pipeline | methods | pydvl | gpu | report FILE; --help of each says more."""
+"""python -m bench ops | orders | pipeline | methods | pydvl | small-layers | gpu | report FILE; --help says more."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ from pathlib import Path
 
 import torch
 
-from bench import gpu, gpu_pipeline, memory, methods, ops, orders, pipeline, pydvl, report
+from bench import gpu, gpu_pipeline, memory, methods, ops, orders, pipeline, pydvl, report, small_layers
 from bench.settings import SETTINGS
+
+DEVICES = ("cpu", "cuda")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("pipeline", help="EKFAC end to end against other libraries")
-    command.add_argument("--model", choices=tuple(SETTINGS), help="default: all, quick: the mlp")
+    command.add_argument("--device", choices=DEVICES, default="cpu", help="cuda: a net of GPT-2 small's shape, alone")
+    command.add_argument("--model", choices=tuple(SETTINGS), help="on the CPU; default: all, quick: the mlp")
     command.add_argument("--quick", action="store_true", help="fewer repeats")
     command.add_argument("--output", type=Path, help="append JSON lines to this file")
     command.add_argument(
         "--precision", choices=("highest", "high"), default="highest", help="torch's float32 matmul precision, for both"
     )
     command = commands.add_parser("ops", help="every op against float64, the machine's peak, libraries and the peer")
+    command.add_argument("--device", choices=DEVICES, default="cpu", help="cuda: the kernels, as bench gpu does")
     command.add_argument("--quick", action="store_true", help="only the cases with goals, fewer samples")
     command.add_argument("--threads", type=int, choices=(1, 2), default=2, help="of the ops; default: %(default)s")
     command.add_argument("--only", default="", metavar="PATTERN", help="cases whose name fits *PATTERN*")
@@ -46,7 +50,10 @@ def main() -> None:
     command.add_argument("--output", type=Path, help="append JSON lines to this file")
     command.add_argument("--proven", type=Path, metavar="FILE", help="write the record of what may be chosen here")
     command.add_argument("--passed", action="store_true", help="the tests marked gpu passed on this device")
-    command = commands.add_parser("gpu-pipeline", help="EKFAC end to end on a CUDA device, GPT-2 small's shape")
+    command = commands.add_parser("small-layers", help="500 adapters in one scoring pass against a call a layer")
+    command.add_argument("--device", choices=DEVICES, default="cpu")
+    command.add_argument("--positions", type=int, default=16, help="of each example; default: %(default)s")
+    command.add_argument("--quick", action="store_true", help="fewer repeats")
     command.add_argument("--output", type=Path, help="append JSON lines to this file")
     command = commands.add_parser("pydvl", help="the influence classes of pyDVL against its signatures over ihvp")
     command.add_argument("--quick", action="store_true", help="one run of each")
@@ -71,7 +78,17 @@ def main() -> None:
     child.add_argument("repeats", type=int)
     child.add_argument("precision")
     arguments = parser.parse_args()
-    if arguments.command == "ops":
+    if arguments.command == "ops" and arguments.device == "cuda":
+        if arguments.only or arguments.threads != 2:
+            parser.error("--only and --threads are for the CPU")
+        gpu.run(arguments.output, None, False, arguments.quick)
+    elif arguments.command == "pipeline" and arguments.device == "cuda":
+        if arguments.model or arguments.quick or arguments.precision != "highest":
+            parser.error("--model, --quick and --precision are for the CPU")
+        gpu_pipeline.run(arguments.output, torch.device("cuda"), gpu_pipeline.FULL)
+    elif arguments.command == "small-layers":
+        small_layers.run(arguments.output, torch.device(arguments.device), arguments.positions, arguments.quick)
+    elif arguments.command == "ops":
         ops.run(arguments.quick, arguments.threads, arguments.only, arguments.output)
     elif arguments.command == "orders":
         orders.run(arguments.quick, arguments.threads, arguments.only, arguments.output)
@@ -87,8 +104,6 @@ def main() -> None:
             print(gpu.expected())
         else:
             gpu.run(arguments.output, arguments.proven, arguments.passed, arguments.quick)
-    elif arguments.command == "gpu-pipeline":
-        gpu_pipeline.run(arguments.output, torch.device("cuda"), gpu_pipeline.FULL)
     elif arguments.command == "methods":
         methods.run(arguments.quick, arguments.output, arguments.figure, arguments.only)
     elif arguments.command == "pydvl":

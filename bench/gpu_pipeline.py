@@ -118,7 +118,7 @@ def run_kronfluence(
 def run(output: Path | None, device: torch.device, sizes: dict[str, int]) -> None:
     """Each run begins with the same weights and data; the scores agree before a time is printed."""
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("bench gpu-pipeline needs a CUDA device, and there is none")
+        raise SystemExit("bench pipeline --device cuda needs a CUDA device, and there is none")
     torch.manual_seed(0)
     net = Transformer(sizes["width"], sizes["depth"], sizes["positions"]).to(device)
     layers = [name for name, module in net.named_modules() if isinstance(module, nn.Linear) and name != "head"]
@@ -135,7 +135,7 @@ def run(output: Path | None, device: torch.device, sizes: dict[str, int]) -> Non
         runs["kronfluence"] = run_kronfluence
     else:
         print("kronfluence is not installed: no ratio against it")
-    records, first = [], None
+    first = None
     for name, call in runs.items():
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -146,8 +146,7 @@ def run(output: Path | None, device: torch.device, sizes: dict[str, int]) -> Non
         check(f"pipeline scores: {name}", relative_error(scores.cpu(), first.cpu()), 1e-2)
         text = "  ".join(f"{step} {own:8.3f} s" for step, own in seconds.items())
         print(f"{name:<14}{text}  peak memory {memory / 1e6:.0f} MB", flush=True)
-        records.append({"bench": "gpu pipeline", "run": name, "seconds": seconds, "memory": memory, "sizes": sizes})
-    write(output, records)
+        write(output, [{"bench": "gpu pipeline", "run": name, "seconds": seconds, "memory": memory, "sizes": sizes}])
 
 
 def by(implementation: str, f: Callable[..., Any]) -> Callable[..., Any]:

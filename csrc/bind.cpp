@@ -192,6 +192,41 @@ void gradient_dot(py::handle out_, py::handle P_, py::handle a_, py::handle delt
          order);
 }
 
+// Lists of one tensor a layer.
+void gradient_dot_grouped(py::handle out_, py::list P_, py::list a_, py::list delta_, py::handle mask_, bool bias,
+                          int threads) {
+    size_t layers = P_.size();
+    if (layers == 0 || a_.size() != layers || delta_.size() != layers)
+        throw py::value_error("P, a and delta must be lists of one tensor a layer, got " + std::to_string(layers) +
+                              ", " + std::to_string(a_.size()) + ", " + std::to_string(delta_.size()));
+    Argument out("out", out_), mask("mask", mask_, true);
+    if (out.view.dims != 2) out.fail("must be (Q,N)");
+    std::vector<View> P, a, delta;
+    int64_t Q = out.view.shape[0], N = out.view.shape[1], T = -1, work = 0;
+    for (size_t layer = 0; layer < layers; ++layer) {
+        Argument query("P", P_[layer]), x("a", a_[layer]), d("delta", delta_[layer]);
+        x.tokens().floating();
+        d.tokens().floating();
+        if (layer == 0) T = x.view.shape[1];
+        int64_t O = d.view.shape[2], I = x.view.shape[2] + bias;
+        x.shape({N, T, I - bias});
+        d.shape({N, T, O});
+        query.floating().shape({Q, O, I});
+        out.result({&query, &x, &d});
+        if (T * O * I == 0) continue;
+        work += (T + Q) * N * O * I;
+        P.push_back(query.view);
+        a.push_back(x.view);
+        delta.push_back(d.view);
+    }
+    mask.token_mask(N, T);
+    out.writable({&mask});
+    if (P.empty()) return no_positions(out);
+    if (out.empty()) return;
+    call(threads, work, kernels->gradient_dot_grouped, out, P.data(), a.data(), delta.data(), int64_t(P.size()), mask,
+         bias);
+}
+
 void kfac_solve(py::handle out_, py::handle V_, py::handle L_A_, py::handle L_G_, int threads) {
     Argument out("out", out_), V("V", V_), L_A("L_A", L_A_), L_G("L_G", L_G_);
     auto [Q, T, I, O] = check_between(V, L_A, L_G);
@@ -292,6 +327,7 @@ PYBIND11_MODULE(_native, m) {
     define("weighted_ghost_dot", &weighted_ghost_dot, "out", "a1", "delta1", "a2", "delta2", "weight", "mask1", "mask2",
            "bias", "precision", "threads");
     define("gradient_dot", &gradient_dot, "out", "P", "a", "delta", "mask", "bias", "per_token", "order", "threads");
+    define("gradient_dot_grouped", &gradient_dot_grouped, "out", "P", "a", "delta", "mask", "bias", "threads");
     define("kfac_solve", &kfac_solve, "out", "V", "L_A", "L_G", "threads");
     define("ghost_dot", &ghost_dot, "out", "a1", "delta1", "a2", "delta2", "mask1", "mask2", "bias1", "bias2",
            "per_token", "threads");

@@ -28,6 +28,8 @@ struct Kernels {
                                  View mask2, bool bias, Precision precision, int threads);
     Status (*gradient_dot)(View out, View P, View a, View delta, View mask, bool bias, bool per_token, Order order,
                            int threads);
+    Status (*gradient_dot_grouped)(View out, const View* P, const View* a, const View* delta, int64_t layers, View mask,
+                                   bool bias, int threads);
     Status (*kfac_solve)(View out, View V, View L_A, View L_G, int threads);
     Status (*ghost_dot)(View out, View a1, View delta1, View a2, View delta2, View mask1, View mask2, bool bias1,
                         bool bias2, bool per_token, int threads);

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import orders, pipeline, problems, pydvl, report
+from bench import orders, pipeline, problems, pydvl, report, small_layers
 from bench.cases import CASES, Goal
 from bench.measure import QUICK, Effort, Timing, check, race, relative_error
 from bench.memory import extra_memory
@@ -214,3 +214,13 @@ def test_pydvl_bench_has_the_goals_and_size_it_says() -> None:
         assert method.goal == (5.0 if name.startswith(("direct", "CG", "EKFAC")) else 1.0)
     with pytest.raises(SystemExit, match=r"no method has 'newton'|is not installed|pydvl must be"):
         pydvl.run(True, 1, None, "newton")
+
+
+def test_small_layers_are_scored_both_ways(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(small_layers, "ADAPTERS", 6)
+    small_layers.run(tmp_path / "out", torch.device("cpu"), 2, quick=True)
+    assert "scores of 12 layers" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out").read_text())
+    assert set(record["times"]) == {"grouped", "loop", "capture"} and record["ratio"] > 0

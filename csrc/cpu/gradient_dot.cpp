@@ -1,12 +1,7 @@
 // S[q,n] = sum_t delta[n,t]^T P[q] a[n,t], or S[q,n,t] without the sum.
 // query_first: (delta P[q])[m,i] by one product a query, then a row dot with a.
-// gradient_first: a block of g_n = sum_t delta a^T for some examples, then its dots with that block of P; g is never
-// whole, and P is read once for those examples.
-#ifdef __AMX_BF16__
-#include "amx.h"
-#else
-#include "engine.h"
-#endif
+// gradient_first: see gradient_first.h.
+#include "gradient_first.h"
 
 namespace ihvp {
 namespace IHVP_ISA {
@@ -77,231 +72,16 @@ Status query_first(const View& out, const View& P, const Rows& a, const Rows& de
     return Status::ok;
 }
 
-// The dot tile: queries x examples, vectors along the parameters. Its sums stay vectors until the very end.
-constexpr int dot_queries = tile_rows >= 8 ? 4 : 2;
-constexpr int dot_examples = tile_rows >= 8 ? 6 : 4;
-constexpr int64_t block_side = 192;  // of a block of g: tokens are packed once for every block of their columns
-
-// The same rows of some queries or examples: `next` elements from one of them to the other.
-template <class T>
-struct Several {
-    const T* data;
-    int64_t next, stride;
-};
-
-template <class T>
-IHVP_INLINE void dot_tile(T* sums, int64_t stride_sums, Several<T> P, Several<T> g, int64_t rows, int64_t columns) {
-    constexpr int lanes = Lanes<T>::width;
-    Vec<T> acc[dot_queries][dot_examples];
-    for (int i = 0; i < dot_queries; ++i) {
-        for (int j = 0; j < dot_examples; ++j) acc[i][j] = load(sums + i * stride_sums + j * lanes);
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-        const T* p = P.data + r * P.stride;
-        const T* x = g.data + r * g.stride;
-        for (int64_t c = 0; c < columns; c += lanes) {
-            Vec<T> b[dot_examples];
-#pragma GCC unroll 8
-            for (int j = 0; j < dot_examples; ++j) b[j] = load(x + j * g.next + c);
-#pragma GCC unroll 8
-            for (int i = 0; i < dot_queries; ++i) {
-                Vec<T> a = load(p + i * P.next + c);
-#pragma GCC unroll 8
-                for (int j = 0; j < dot_examples; ++j) acc[i][j] += a * b[j];
-            }
-        }
-    }
-    for (int i = 0; i < dot_queries; ++i) {
-        for (int j = 0; j < dot_examples; ++j) store(sums + i * stride_sums + j * lanes, acc[i][j]);
-    }
-}
-
-// The outputs o0..o1 and inputs i0..i1 of g.
-struct Block {
-    int64_t o0, o1, i0, i1;
-};
-
-// Asks the L2 cache for columns c0..c1 of the rows first..end, where rows can be used as they lie: short pieces of far
-// rows, which no hardware prefetcher foresees.
-template <class T>
-IHVP_INLINE void fetch(const Rows& m, int64_t first, int64_t end, int64_t c0, int64_t c1) {
-    for (int64_t row = first; row < end; ++row) {
-        const T* data = lying_row<T>(m, row);
-        if (data == nullptr) return;
-        for (int64_t c = c0; c < c1; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(data + c, 0, 2);
-    }
-}
-
-constexpr int64_t block_positions = 256;
-
-#ifdef __AMX_BF16__
-// The block of g_n of bfloat16 tokens, on tiles; `buffer` as for gradient_block.
-void gradient_tiles(float* g, const Rows& a, const Rows& delta, int64_t first, int64_t positions, Block b,
-                    float* buffer) {
-    constexpr int64_t most_tiles = block_positions * block_side;
-    int64_t outputs = b.o1 - b.o0, inputs = b.i1 - b.i0;
-    _tile_loadconfig(&tile_config);
-    for (int64_t t = 0; t < positions; t += block_positions) {
-        int64_t depth = least(block_positions, positions - t), steps = ceil_div(depth, step);
-        uint16_t* memory = reinterpret_cast<uint16_t*>(buffer);
-        TokenTiles x{memory, ceil_div(inputs, tile_block), steps};
-        TokenTiles packed{memory + most_tiles, ceil_div(outputs, tile_block), steps};
-        TokenTiles d{memory + 2 * most_tiles, packed.blocks, steps};
-        for (int64_t s = 0; s < steps; ++s) {
-            int64_t count = least(step, depth - s * step);
-            pack_right(x, s, a, first + t + s * step, count, b.i0);
-            pack_right(packed, s, delta, first + t + s * step, count, b.o0);
-        }
-        left_from_right(d.data, packed.data, packed.blocks * steps * 2);
-        auto take = [&](const Tile<float>& tile, int64_t i, int64_t j) {
-            for (int r = 0; r < tile_rows && i < outputs; ++r) {
-                for (int v = 0; v < tile.vectors; ++v) {
-                    float* at = g + (i + r) * block_side + j + v * Lanes<float>::width;
-                    store(at, t > 0 ? load(at) + tile.acc[r][v] : tile.acc[r][v]);
-                }
-            }
-        };
-        for (int64_t i = 0; i < d.blocks; ++i) {
-            for (int64_t j = 0; j < x.blocks; ++j)
-                multiply_blocks(d.at(i, 0), i * tile_block, x.at(j, 0), j * tile_block, steps, take);
-        }
-    }
-    _tile_release();
-}
-#endif
-
-// The block of g_n in `g`, rows of block_side. `buffer` holds 2 * block_positions rows of block_side. The positions
-// from `next` on are fetched meanwhile.
-template <class T>
-void gradient_block(T* g, const Rows& a, const Rows& delta, int64_t first, int64_t positions, Block b, T* buffer,
-                    int64_t next) {
-#ifdef __AMX_BF16__
-    bool padded = positions < step / 2;  // tiles would be
-    if (sizeof(T) == sizeof(float) && a.dtype == DType::bf16 && delta.dtype == DType::bf16 && !padded)
-        return gradient_tiles(reinterpret_cast<float*>(g), a, delta, first, positions, b,
-                              reinterpret_cast<float*>(buffer));
-#endif
-    constexpr int64_t W = Panels<T>::width;
-    int64_t outputs = b.o1 - b.o0, inputs = b.i1 - b.i0;
-    for (int64_t t = 0; t < positions; t += block_positions) {
-        int64_t depth = least(block_positions, positions - t);
-        Panels<T> d{buffer, depth, outputs}, x{buffer + block_positions * block_side, depth, inputs};
-        pack_straight(d, delta, first + t, 0, depth, b.o0);
-        pack_straight(x, a, first + t, 0, depth, b.i0);
-        int64_t tiles = x.count() * ceil_div(outputs, tile_rows), share = ceil_div(depth, tiles), ahead = next + t;
-        int64_t ahead_end = least(ahead + depth, a.count);
-        for (int64_t p = 0; p < x.count(); ++p) {
-            for (int64_t i = 0; i < outputs; i += tile_rows, ahead += share) {
-                fetch<T>(delta, ahead, least(ahead_end, ahead + share), b.o0, b.o1);
-                fetch<T>(a, ahead, least(ahead_end, ahead + share), b.i0, least(a.stored, b.i1));
-                T* target = g + i * block_side + p * W;
-                Tile<T> tile;
-                if (t > 0) {
-                    for (int r = 0; r < tile_rows; ++r) {
-                        for (int v = 0; v < tile_vectors; ++v)
-                            tile.acc[r][v] = load(target + r * block_side + v * Lanes<T>::width);
-                    }
-                }
-                multiply(tile, d, i, x, p, 0, depth, t > 0);
-                for (int r = 0; r < tile_rows; ++r) {
-                    for (int v = 0; v < tile.vectors; ++v)
-                        store(target + r * block_side + v * Lanes<T>::width, tile.acc[r][v]);
-                }
-            }
-        }
-    }
-}
-
-template <class T>
-Status gradient_first(const View& out, const View& P, const Rows& a, const Rows& delta, int64_t N, int64_t positions,
-                      int threads) {
-    constexpr int lanes = Lanes<T>::width;
-    constexpr int64_t most_examples = 5 * dot_examples;  // of a block: P is read once for so many
-    constexpr int64_t most_parts = 8;  // sums kept apart, so that their order does not follow the threads
-    constexpr int64_t dot_rows = 4;    // of a block at a time: a dot tile's operands stay in the L1 cache
-    static_assert(block_side % Panels<T>::width == 0, "whole tiles");
-    int64_t Q = P.shape[0], I = a.features, O = delta.features;
-    int64_t columns = ceil_div(I, block_side), block_outputs = block_side;
-    while (block_outputs > 3 * tile_rows && ceil_div(O, block_outputs) * columns < most_parts) block_outputs /= 2;
-    int64_t blocks = ceil_div(O, block_outputs) * columns, parts = least(blocks, most_parts);
-    int64_t size = block_outputs * block_side;
-    int64_t examples = least(N, most_examples), rows_n = ceil_div(examples, dot_examples) * dot_examples;
-    int64_t rows_q = ceil_div(Q, dot_queries) * dot_queries, size_sums = rows_q * rows_n * lanes;
-    int64_t size_tokens = 2 * block_positions * block_side, size_queries = dot_queries * dot_rows * block_side;
-    int64_t own = rows_n * size + size_tokens + size_queries;
-    Workspace space;
-    space.plan<T>(threads * own);
-    space.plan<T>(parts * size_sums);
-    if (!space.allocate()) return Status::out_of_memory;
-    T* scratch = space.take<T>(threads * own);
-    T* sums = space.take<T>(parts * size_sums);
-    T* result = static_cast<T*>(out.data);
-    for (int64_t first = 0; first < N; first += examples) {
-        int64_t count = least(examples, N - first), padded = ceil_div(count, dot_examples) * dot_examples;
-        parallel(threads, parts, [&](int64_t part, int thread) {
-            T* g = scratch + thread * own;
-            T* tokens = g + rows_n * size;
-            T* queries = tokens + size_tokens;
-            T* sum = sums + part * size_sums;
-            for (int64_t e = 0; e < size_sums; ++e) sum[e] = 0;
-            for (int64_t e = count * size; e < padded * size; ++e) g[e] = 0;
-            for (int64_t index = part; index < blocks; index += parts) {
-                int64_t o0 = index / columns * block_outputs, i0 = index % columns * block_side;
-                Block b{o0, least(O, o0 + block_outputs), i0, least(I, i0 + block_side)};
-                for (int64_t n = 0; n < count; ++n) {
-                    int64_t position = (first + n) * positions;
-                    gradient_block(g + n * size, a, delta, position, positions, b, tokens, position + positions);
-                }
-                int64_t inputs = b.i1 - b.i0, width = ceil_div(inputs, lanes) * lanes;
-                for (int64_t o = b.o0; o < b.o1; o += dot_rows) {
-                    int64_t rows = least(dot_rows, b.o1 - o);
-                    for (int64_t q = 0; q < Q; q += dot_queries) {
-                        Rows query = matrix_rows(entry(P, q));
-                        const T* lying = lying_row<T>(query, o);
-                        Several<T> left{queries, dot_rows * block_side, block_side};
-                        if (lying != nullptr && inputs == width && Q - q >= dot_queries) {
-                            left = {lying + b.i0, P.stride[0], P.stride[1]};
-                        } else {
-                            for (int64_t e = 0; e < dot_queries; ++e) {
-                                for (int64_t r = 0; r < rows; ++r) {
-                                    T* row = queries + e * left.next + r * left.stride;
-                                    if (q + e < Q) matrix_rows(entry(P, q + e)).read(row, o + r, b.i0, b.i1);
-                                    for (int64_t c = q + e < Q ? inputs : 0; c < width; ++c) row[c] = 0;
-                                }
-                            }
-                        }
-                        for (int64_t n = 0; n < count; n += dot_examples) {
-                            int64_t next = q + dot_queries + n / dot_examples;
-                            if (next < least(Q, q + 2 * dot_queries))
-                                fetch<T>(matrix_rows(entry(P, next)), o, o + rows, b.i0, b.i1);
-                            Several<T> right{g + n * size + (o - b.o0) * block_side, size, block_side};
-                            dot_tile(sum + (q * rows_n + n) * lanes, rows_n * lanes, left, right, rows, width);
-                        }
-                    }
-                }
-            }
-        });
-        for (int64_t q = 0; q < Q; ++q) {
-            for (int64_t n = 0; n < count; ++n) {
-                Vec<T> total = {};
-                for (int64_t part = 0; part < parts; ++part)
-                    total += load(sums + part * size_sums + (q * rows_n + n) * lanes);
-                result[q * out.stride[0] + (first + n) * out.stride[1]] = sum_lanes<T>(total);
-            }
-        }
-    }
-    return Status::ok;
-}
-
 }  // namespace
 
 Status gradient_dot(View out, View P, View a, View delta, View mask, bool bias, bool per_token, Order order,
                     int threads) {
     Rows rows_a = token_rows(a, mask, bias), rows_delta = token_rows(delta, mask, false);
+    Group one{&P, &a, &delta, mask, bias, 1};
     return IHVP_COMPUTE(out.dtype == DType::f64, [&](auto zero) {
         using T = decltype(zero);
         if (order == Order::gradient_first)
-            return gradient_first<T>(out, P, rows_a, rows_delta, a.shape[0], a.shape[1], threads);
+            return gradient_first<T>(out, one, threads);
         return query_first<T>(out, P, rows_a, rows_delta, a.shape[0], a.shape[1], per_token, threads);
     });
 }

@@ -15,6 +15,7 @@ Status ekfac_self_influence(View, View, View, View, View, View, double, View, bo
 Status ekfac_solve(View, View, View, View, View, View, int);
 Status weighted_ghost_dot(View, View, View, View, View, View, View, View, bool, Precision, int);
 Status gradient_dot(View, View, View, View, View, bool, bool, Order, int);
+Status gradient_dot_grouped(View, const View*, const View*, const View*, int64_t, View, bool, int);
 Status kfac_solve(View, View, View, View, int);
 Status ghost_dot(View, View, View, View, View, View, View, bool, bool, bool, int);
 Status ghost_norm(View, View, View, View, bool, int);
@@ -31,6 +32,7 @@ const Kernels kernels = {IHVP_TEXT(IHVP_ISA),
                          ekfac_solve,
                          weighted_ghost_dot,
                          gradient_dot,
+                         gradient_dot_grouped,
                          kfac_solve,
                          ghost_dot,
                          ghost_norm,

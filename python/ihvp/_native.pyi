@@ -59,6 +59,15 @@ def gradient_dot(
     order: str,
     threads: int,
 ) -> None: ...
+def gradient_dot_grouped(
+    out: Tensor,
+    P: list[Tensor],
+    a: list[Tensor],
+    delta: list[Tensor],
+    mask: Tensor | None,
+    bias: bool,
+    threads: int,
+) -> None: ...
 def kfac_solve(out: Tensor, V: Tensor, L_A: Tensor, L_G: Tensor, threads: int) -> None: ...
 def ghost_dot(
     out: Tensor,

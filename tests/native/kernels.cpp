@@ -257,6 +257,24 @@ void check(const Case& c) {
         kernels.gradient_dot(out.view, P.view, a.view, delta.view, mask, c.bias, false, order, c.threads);
         compare(c, "gradient_dot", out, want, c.T * O * J);
     }
+    {
+        // The same layer twice, and its first output alone.
+        View narrow = delta.view, query = P.view;
+        narrow.shape[2] = query.shape[1] = 1;
+        View queries[] = {P.view, query, P.view}, inputs[] = {a.view, a.view, a.view};
+        View deltas[] = {delta.view, narrow, delta.view};
+        std::vector<double> sums = want;
+        for (int64_t q = 0; q < c.Q; ++q)
+            for (int64_t n = 0; n < c.N; ++n) {
+                double first = 0;
+                for (int64_t t = 0; t < c.T; ++t)
+                    for (int64_t i = 0; i < J; ++i) first += P.at({q, 0, i}) * d(n, t, 0) * x(n, t, i);
+                sums[size_t(q * c.N + n)] = 2 * want[size_t(q * c.N + n)] + first;
+            }
+        Array out = result({c.Q, c.N});
+        kernels.gradient_dot_grouped(out.view, queries, inputs, deltas, 3, mask, c.bias, c.threads);
+        compare(c, "gradient_dot_grouped", out, sums, 3 * c.T * O * J);
+    }
     Array each = result({c.Q, c.N, c.T});
     kernels.gradient_dot(each.view, P.view, a.view, delta.view, mask, c.bias, true, Order::query_first, c.threads);
     compare(c, "gradient_dot per token", each, tokens, O * J);

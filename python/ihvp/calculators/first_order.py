@@ -13,8 +13,9 @@ from ihvp.calculators.base import SIGNS, InfluenceCalculator
 from ihvp.calculators.groups import Groups, gradient_sum, paired
 from ihvp.calculators.perturbation import input_gradients
 from ihvp.capture import capture
-from ihvp.methods.base import IHVP, Vectors, check_finite, concatenate, gradients
+from ihvp.methods.base import IHVP, Vectors, concatenate, gradients
 from ihvp.methods.queries import DenseQueries, LayerQueries, Queries, concatenate_queries
+from ihvp.methods.scoring import BatchScores
 from ihvp.model import InfluenceModel, Layer, LossFn
 
 NORMALIZATIONS = ("theta", "loss")
@@ -87,20 +88,10 @@ class FirstOrderInfluenceCalculator(InfluenceCalculator[Queries]):
 
     def _scored_parts(self, parts: Mapping[K, Queries], batch: Batch, index: int) -> dict[K, Tensor]:
         """The (Q,B) scores of several queries at once; each may hold some layers only."""
-        totals: dict[K, Tensor] = {}
-        for key, queries in parts.items():
-            Q = next(iter(queries.values())).size
-            totals[key] = torch.zeros(Q, batch.size, dtype=self.model.dtype, device=self.model.device)
-
-        def sink(layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
-            for key, queries in parts.items():
-                if layer.name in queries:
-                    totals[key] = totals[key] + queries[layer.name].scores(layer, a, delta, mask)
-                    check_finite(layer, index, score=totals[key])
-
-        capture(self.model, batch, sink, index=index)
+        scores = BatchScores(self.model, parts, batch, index)
+        capture(self.model, batch, scores, index=index)
         squares = self._squares(batch, index)
-        return {key: _divide(total, squares) for key, total in totals.items()}
+        return {key: _divide(total, squares) for key, total in scores.totals().items()}
 
     def _self_values(self, batch: Batch, index: int) -> Tensor:
         return _divide(self.curvature.quadratic(batch, 1, index=index), self._squares(batch, index))

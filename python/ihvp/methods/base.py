@@ -20,7 +20,7 @@ from ihvp.batch import Batch
 from ihvp.capture import capture
 from ihvp.methods.blocks import Block, BlockStructure, make_blocks
 from ihvp.methods.damping import Damping, check_damping
-from ihvp.methods.queries import DenseQueries, LayerQueries, Queries
+from ihvp.methods.queries import DenseQueries, LayerQueries, Queries, small_layers
 from ihvp.model import InfluenceModel, Layer, LossFn
 
 if TYPE_CHECKING:
@@ -235,11 +235,16 @@ class LayerwiseIHVP(IHVP):
     def queries(self, batch: Batch, *, index: int = 0, measurement: LossFn | None = None) -> Queries:
         self._check_fitted()
         found: Queries = {}
+        small, g = small_layers(self.model), Vectors()
 
         def sink(layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
-            found[layer.name] = self._queries_layer(layer, a, delta, mask)
+            if layer.name in small:
+                g[layer.name] = ops.per_sample_gradient(a, delta, mask=mask, bias=layer.bias)
+            else:
+                found[layer.name] = self._queries_layer(layer, a, delta, mask)
 
         capture(self.model, batch, sink, index=index, measurement=measurement)
+        found |= {name: DenseQueries(P) for name, P in self._solve(g, self.damping).items()}
         zeros = complete(self.model, dict.fromkeys(found, torch.empty(0)), batch.size)
         return {name: found[name] if name in found else DenseQueries(zeros[name]) for name in self.model.layers}
 

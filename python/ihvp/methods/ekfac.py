@@ -25,7 +25,7 @@ from ihvp.methods.kronecker import (
     sums_state,
     target_generator,
 )
-from ihvp.methods.queries import LayerQueries
+from ihvp.methods.queries import LayerQueries, small_layers
 from ihvp.model import InfluenceModel, Layer
 
 
@@ -59,6 +59,7 @@ class EKFACIHVP(KroneckerIHVP):
         self.update_eigen = update_eigen
         self._sum_Lambda: dict[str, Tensor] = {}
         self._Lambda: dict[str, Tensor] = {}
+        self._bounds: dict[str, list[float]] = {}
         super().__init__(model, hessian_loader, damping, fisher, seed)
 
     def _config(self) -> dict[str, Any]:
@@ -103,17 +104,32 @@ class EKFACIHVP(KroneckerIHVP):
             Lambda = {name: (sum_Lambda[name] / own.examples).to(dtype) for name, own in sums.items()}
         else:
             Lambda = {name: torch.outer(own.values_G, own.values_A).to(dtype) for name, own in eigen.items()}
+        # One transfer for all layers: each solve asks for them.
+        bounds = torch.stack([torch.stack([x.mean(), x.min(), x.max()]) for x in Lambda.values()]).tolist()
         self._sums, self._eigen, self._sum_Lambda, self._Lambda = sums, eigen, sum_Lambda, Lambda
+        self._bounds = dict(zip(Lambda, bounds, strict=True))
 
     def _eigenvalues(self, name: str) -> Tensor:
         return self._Lambda[name]
 
     def _regular(self, name: str, damping: Damping) -> tuple[Eigen, Tensor, float]:
         """The layer's basis, Lambda and damping, after the check that Lambda + damping can be divided by."""
-        Lambda = self._Lambda[name]
-        value = resolve_damping(damping, name, float(Lambda.mean()))
-        check_regular(f"layer {name!r}", float(Lambda.min()), float(Lambda.max()), value)
-        return self._eigen[name], Lambda, value
+        mean, smallest, largest = self._bounds[name]
+        value = resolve_damping(damping, name, mean)
+        check_regular(f"layer {name!r}", smallest, largest, value)
+        return self._eigen[name], self._Lambda[name], value
+
+    def _solve(self, V: Vectors, damping: Damping) -> Vectors:
+        """Small layers in one call."""
+        small, dtype = small_layers(self.model), self.model.dtype
+        group = {name: v for name, v in V.items() if name in small and v.dtype == dtype}
+        solved = super()._solve({name: v for name, v in V.items() if name not in group}, damping)
+        if group:
+            own, Lambda, values = zip(*(self._regular(name, damping) for name in group), strict=True)
+            U_A, U_G = [one.U_A for one in own], [one.U_G for one in own]
+            P = ops.ekfac_solve_grouped(list(group.values()), U_A, U_G, Lambda, values)
+            solved |= dict(zip(group, P, strict=True))
+        return {name: solved[name] for name in V}
 
     def _solve_layer(self, name: str, V: Tensor, damping: Damping) -> Tensor:
         own, Lambda, value = self._regular(name, damping)

@@ -10,7 +10,19 @@ import torch
 from torch import Tensor
 
 from ihvp import ops
-from ihvp.model import Layer
+from ihvp.model import InfluenceModel, Layer
+
+NARROW = 128  # the widest side of a small layer
+MANY = 8  # fewer small layers are not worth collecting
+
+
+def small_layers(model: InfluenceModel) -> frozenset[str]:
+    """The layers whose own work is less than that of calling for it: they are solved and scored many at a time.
+
+    Adapters above all. Their queries are kept dense. None when there are too few of them.
+    """
+    small = frozenset(name for name, layer in model.layers.items() if max(layer.shape) <= NARROW)
+    return small if len(small) >= MANY else frozenset()
 
 
 class LayerQueries(ABC):

@@ -47,7 +47,10 @@ def ekfac_solve_grouped(
     for layer, x in enumerate(V):
         if x.dim() != 3:
             raise ValueError(f"V[{layer}] must be (Q,O,I'), got {shape_of(x)}")
-        _, O, I = x.shape
+        Q, O, I = x.shape
+        shapes = (U_A[layer].shape, U_G[layer].shape, Lambda[layer].shape)
+        if Q == V[0].shape[0] and shapes == ((I, I), (O, O), (O, I)):
+            continue
         check_shape(f"V[{layer}]", x, "(Q,O,I')", (V[0].shape[0], O, I))
         check_shape(f"U_A[{layer}]", U_A[layer], "(I',I')", (I, I))
         check_shape(f"U_G[{layer}]", U_G[layer], "(O,O)", (O, O))

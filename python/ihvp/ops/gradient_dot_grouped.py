@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from ihvp import _native
 from ihvp.ops._arguments import (
+    as_tokens,
     check_flag,
     check_pair,
     check_shape,
@@ -51,13 +55,28 @@ def gradient_dot_grouped(
     """
     check_flag("bias", bias)
     check_group(P=P, a=a, delta=delta)
-    tokens = [check_pair(x, d, mask, suffix=f"[{layer}]") for layer, (x, d) in enumerate(zip(a, delta, strict=True))]
-    N, T, _ = tokens[0][0].shape
-    for layer, (x, d, _) in enumerate(tokens):
-        check_shape(f"a[{layer}]", x, "(N,T,I)", (N, T, x.shape[2]))
-        check_shape(f"P[{layer}]", P[layer], "(Q,O,I')", (P[0].shape[0], d.shape[2], features(x, bias)))
-    result: Tensor = _op(list(P), [x for x, _, _ in tokens], [d for _, d, _ in tokens], tokens[0][2], bias)
+    first, _, mask = check_pair(a[0], delta[0], mask, suffix="[0]")
+    if a[0].dim() == 2:
+        a, delta = [as_tokens("a", x) for x in a], [as_tokens("delta", d) for d in delta]
+    N, T, _ = first.shape
+    if not _fits(P, a, delta, (N, T), bias):
+        for layer, (x, d) in enumerate(zip(a, delta, strict=True)):
+            check_pair(x, d, mask, suffix=f"[{layer}]")
+            check_shape(f"a[{layer}]", x, "(N,T,I)", (N, T, x.shape[2]))
+            check_shape(f"P[{layer}]", P[layer], "(Q,O,I')", (P[0].shape[0], d.shape[2], features(x, bias)))
+    result: Tensor = _op(list(P), list(a), list(delta), mask, bias)
     return result
+
+
+def _fits(
+    P: Sequence[Tensor], a: Sequence[Tensor], delta: Sequence[Tensor], positions: tuple[int, int], bias: bool
+) -> bool:
+    """A quick look at all shapes at once: hundreds of layers come with every batch."""
+    Q = P[0].shape[0]
+    return all(
+        x.shape[:-1] == positions and d.shape[:-1] == positions and p.shape == (Q, d.shape[-1], features(x, bias))
+        for p, x, d in zip(P, a, delta, strict=True)
+    )
 
 
 def check_group(**lists: Sequence[Tensor]) -> None:
@@ -68,12 +87,32 @@ def check_group(**lists: Sequence[Tensor]) -> None:
     for name, tensors in lists.items():
         if isinstance(tensors, Tensor) or len(tensors) != len(members):
             raise ValueError(f"{name} must be a list of {len(members)} tensors as {first} is, got {len(tensors)}")
+    check_tensors(None, **{f"{name}[0]": tensors[0] for name, tensors in lists.items()})
+    if all(_alike(tensors) for tensors in lists.values()):
+        return
     named = {f"{name}[{layer}]": x for name, tensors in lists.items() for layer, x in enumerate(tensors)}
     check_tensors(None, **named)
     for name, x in named.items():
         kind = lists[name.partition("[")[0]][0].dtype
         if x.dtype != kind:
             raise TypeError(f"{name} must be {kind} as its first layer is, got {x.dtype}")
+
+
+def _alike(tensors: Sequence[Tensor]) -> bool:
+    """A quick look whether all are plain tensors as the first is; when not, each is looked at and named."""
+    first = tensors[0]
+    kind, device = first.dtype, first.device
+    if forward_ad._current_level >= 0:
+        return False
+    return all(
+        isinstance(x, Tensor)
+        and x.dtype == kind
+        and x.device == device
+        and x.layout == torch.strided
+        and not x.requires_grad
+        and not x.is_nested
+        for x in tensors
+    )
 
 
 def reference(
@@ -89,9 +128,22 @@ def fake(P: Sequence[Tensor], a: Sequence[Tensor], delta: Sequence[Tensor], mask
     return P[0].new_empty(P[0].shape[0], a[0].shape[0], dtype=compute_dtype(*P, *a, *delta))
 
 
+def native(P: list[Tensor], a: list[Tensor], delta: list[Tensor], mask: Tensor | None, bias: bool) -> Tensor:
+    out = fake(P, a, delta, mask, bias)
+    if a[0].shape[1] == 0 or all(x.shape[1] * x.shape[2] == 0 for x in P):
+        return out.zero_()
+    _native.gradient_dot_grouped(out, P, a, delta, mask, bias, torch.get_num_threads())
+    return out
+
+
 _op = Op(
     "gradient_dot_grouped",
     "(Tensor[] P, Tensor[] a, Tensor[] delta, Tensor? mask, bool bias) -> Tensor",
-    {"reference": reference, "triton": triton("gradient_dot_grouped"), "cuda": cuda("gradient_dot_grouped")},
+    {
+        "reference": reference,
+        "native": native,
+        "triton": triton("gradient_dot_grouped"),
+        "cuda": cuda("gradient_dot_grouped"),
+    },
     fake=fake,
 )

@@ -30,13 +30,16 @@ def gradient_tile(
     a_ptr,
     d_ptr,
     mask_ptr,
+    n,
     T,
     o,
     i,
-    features_d,
     features_a,
+    features_d,
+    stride_an,
     stride_at,
     stride_ai,
+    stride_dn,
     stride_dt,
     stride_do,
     BIAS: tl.constexpr,
@@ -46,7 +49,11 @@ def gradient_tile(
     BLOCK_I: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """g[o,i] = sum_t delta[t,o] a[t,i] of the example that the pointers point at."""
+    """g[n,o,i] = sum_t delta[n,t,o] a[n,t,i]."""
+    a_ptr += n * stride_an
+    d_ptr += n * stride_dn
+    if mask_ptr is not None:
+        mask_ptr += n * T
     acc = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     for start in range(0, T, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T).to(tl.int64)

@@ -69,20 +69,20 @@ def squares_kernel(
             total = tl.dot(tl.trans(d * d), x * x, total, input_precision=PRECISION)
     else:
         for n in tl.range(first, end, flatten=True):  # one pipeline of loads through all examples
-            mask = mask_ptr
-            if mask_ptr is not None:
-                mask = mask_ptr + n * T
             acc = gradient_tile(
-                a_ptr + n * stride_an,
-                d_ptr + n * stride_dn,
-                mask,
+                a_ptr,
+                d_ptr,
+                mask_ptr,
+                n,
                 T,
                 o,
                 i,
-                features_d,
                 features_a,
+                features_d,
+                stride_an,
                 stride_at,
                 stride_ai,
+                stride_dn,
                 stride_dt,
                 stride_do,
                 BIAS,

@@ -43,15 +43,13 @@ def grouped_kernel(
     layer = tl.program_id(1).to(tl.int64)
     row = table_ptr + layer * ENTRIES
     P_ptr = tl.load(row).to(tl.pointer_type(P_TYPE))
-    a_ptr = tl.load(row + 1).to(tl.pointer_type(A_TYPE)) + n * tl.load(row + 8)
-    d_ptr = tl.load(row + 2).to(tl.pointer_type(D_TYPE)) + n * tl.load(row + 11)
+    a_ptr = tl.load(row + 1).to(tl.pointer_type(A_TYPE))
+    d_ptr = tl.load(row + 2).to(tl.pointer_type(D_TYPE))
     O, I = tl.load(row + 3), tl.load(row + 4)
     stride_pq, stride_po, stride_pi = tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
     features = I
     if BIAS:
         features = I - 1
-    if mask_ptr is not None:
-        mask_ptr += n * T
     q = first_q + tl.arange(0, BLOCK_Q)
     scores = tl.zeros((BLOCK_Q,), tl.float32)
     tiles_i = tl.cdiv(I, BLOCK_I)
@@ -61,13 +59,16 @@ def grouped_kernel(
             a_ptr,
             d_ptr,
             mask_ptr,
+            n,
             T,
             o,
             i,
-            O,
             features,
+            O,
+            tl.load(row + 8),
             tl.load(row + 9),
             tl.load(row + 10),
+            tl.load(row + 11),
             tl.load(row + 12),
             tl.load(row + 13),
             BIAS,

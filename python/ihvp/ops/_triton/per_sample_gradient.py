@@ -1,4 +1,4 @@
-"""g[n] = sum_t delta[n,t] a[n,t]^T."""
+"""g[n] = sum_t delta[n,t] a[n,t]^T, stored or summed: one program a tile of one example's gradient."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ def gradient_kernel(
     a_ptr,
     d_ptr,
     mask_ptr,
+    weight_ptr,
+    N,
     T,
     O,
     I,
@@ -36,21 +38,22 @@ def gradient_kernel(
     BLOCK_T: tl.constexpr,
 ):
     tiles = tl.cdiv(O, BLOCK_O) * tl.cdiv(I, BLOCK_I)
-    n = (tl.program_id(0) // tiles).to(tl.int64)
-    o, i = corner(tl.program_id(0) % tiles, tl.cdiv(I, BLOCK_I), BLOCK_O, BLOCK_I)
-    if mask_ptr is not None:
-        mask_ptr += n * T
+    n, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    o, i = corner(tile, tl.cdiv(I, BLOCK_I), BLOCK_O, BLOCK_I)
     acc = gradient_tile(
-        a_ptr + n * stride_an,
-        d_ptr + n * stride_dn,
+        a_ptr,
+        d_ptr,
         mask_ptr,
+        n,
         T,
         o,
         i,
-        features_d,
         features_a,
+        features_d,
+        stride_an,
         stride_at,
         stride_ai,
+        stride_dn,
         stride_dt,
         stride_do,
         BIAS,
@@ -60,24 +63,52 @@ def gradient_kernel(
         BLOCK_I,
         BLOCK_T,
     )
-    at = out_ptr + (n * O + o)[:, None] * I + i[None, :]
-    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(o < O)[:, None] & (i < I)[None, :])
+    inside = (o < O)[:, None] & (i < I)[None, :]
+    if weight_ptr is None:
+        at = out_ptr + (n * O + o)[:, None] * I + i[None, :]
+        tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        weight = tl.load(weight_ptr + o[:, None] * I + i[None, :], mask=inside, other=0.0)
+        tl.store(out_ptr + tile.to(tl.int64) * N + n, tl.sum(tl.sum(acc * acc * weight, 1), 0))
 
 
 def gradients(out: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool) -> Tensor:
     """Into `out` (N,O,I'), contiguous, of any type."""
+    return by_example(out, a, delta, None, mask, bias, *out.shape[1:])
+
+
+def weighted_squares(a: Tensor, delta: Tensor, weight: Tensor, mask: Tensor | None, bias: bool) -> Tensor:
+    """(N,): sum_oi weight[o,i] g_n[o,i]^2, weight (O,I') contiguous float32."""
+    return by_example(None, a, delta, weight, mask, bias, *weight.shape).sum(0)
+
+
+def by_example(
+    out: Tensor | None,
+    a: Tensor,
+    delta: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    bias: bool,
+    O: int,
+    I: int,
+) -> Tensor:
+    """(O,I') of each gradient into `out`; or with a weight their weighted sums of squares, (tiles,N)."""
     N, T, features = a.shape
-    _, O, I = out.shape
     how = arithmetic(a, delta)
     widest = how.limit(a, delta)
     rows, columns = block(O, widest), block(I, widest)
+    tiles = count(O, rows) * count(I, columns)
+    if out is None:
+        out = torch.empty(tiles, N, device=a.device)
     launch(
         gradient_kernel,
-        (N * count(O, rows) * count(I, columns),),
+        (N * tiles,),
         out,
         a,
         delta,
         mask_bytes(mask),
+        weight,
+        N,
         T,
         O,
         I,
