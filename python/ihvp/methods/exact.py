@@ -22,7 +22,7 @@ SEVERAL = 16  # dampings from which on an eigendecomposition costs less than a f
 NARROW = (
     1e-4  # smallest by largest eigenvalue from which on a float32 factorisation is refined instead of a float64 one
 )
-REFINEMENTS = 10  # each brings at least two digits there
+REFINEMENTS, REFINED = 10, 1e-12  # each brings at least two digits there; the residual over ||F|| ||x|| to reach
 TILE = 1024
 
 
@@ -125,15 +125,15 @@ class ExactIHVP(FlatIHVP):
         return torch.stack([self._solve_by_factor(block, v, damping) for damping in dampings])
 
     def _solve_by_factor(self, block: str, v: Tensor, damping: float) -> Tensor:
-        """Rows of v by the inverse; a solution of a float32 factor is refined until its residuals are float64's."""
+        """Rows of v by the inverse. A solution of a float32 factor is refined, to an error of at most REFINED / NARROW."""
         factor = self._factor(block, damping)
         x = factor.solve(v)
         if factor.LU.dtype == torch.float64:
             return x
-        matrix, eps = self._matrices[block], torch.finfo(torch.float64).eps
+        matrix = self._matrices[block]
         for _ in range(REFINEMENTS):
             residuals = v - x @ matrix - damping * x
-            if bool((residuals.norm(dim=1) <= 8 * eps * factor.largest * x.norm(dim=1)).all()):
+            if bool((residuals.norm(dim=1) <= REFINED * factor.largest * x.norm(dim=1)).all()):
                 return x
             x = x + factor.solve(residuals)
         self._factors[block, damping] = self._factorised(block, damping, torch.float64)
@@ -168,7 +168,8 @@ class ExactIHVP(FlatIHVP):
 
     def _factorised(self, block: str, damping: float, dtype: torch.dtype) -> _Factor:
         matrix = self._matrices[block]
-        largest = _spectral_norm(lambda x: x @ matrix + damping * x, matrix)
+        steps = 5 if dtype == torch.float64 else 2  # a float32 factor proves itself by its refinements
+        largest = _spectral_norm(lambda x: x @ matrix + damping * x, matrix, steps)
         scale = largest if math.isfinite(largest) and largest > 0 else 1.0  # which float32 may not be able to hold
         scaled = torch.div(matrix, scale, out=torch.empty_like(matrix, dtype=dtype))
         scaled.diagonal().add_(damping / scale)
@@ -177,7 +178,7 @@ class ExactIHVP(FlatIHVP):
         if int(info) != 0:
             LU, pivots, _ = torch.linalg.lu_factor_ex(scaled)
         factor = _Factor(LU, pivots, scale, largest, 0.0)
-        smallest = 1 / max(_spectral_norm(factor.solve, matrix), torch.finfo(torch.float64).tiny)
+        smallest = 1 / max(_spectral_norm(factor.solve, matrix, steps), torch.finfo(torch.float64).tiny)
         return replace(factor, smallest=smallest)
 
     def _rounding(self, block: str, damping: float) -> float:
@@ -240,14 +241,14 @@ def _symmetrise_(M: Tensor, scale: float) -> Tensor:
     return M
 
 
-def _spectral_norm(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
-    """||M|| of a symmetric M from rows x -> x M, by five steps of subspace iteration: at most a few times too small.
+def _spectral_norm(apply: Callable[[Tensor], Tensor], like: Tensor, steps: int) -> float:
+    """||M|| of a symmetric M from rows x -> x M, by subspace iteration: after five steps at most a few times too small.
 
     Infinite where the result is not finite, as that of a solve with an exact zero on the diagonal.
     """
     rows = torch.randn(4, len(like), dtype=like.dtype, generator=torch.Generator().manual_seed(0)).to(like.device)
     norm = 0.0
-    for _ in range(5):
+    for _ in range(steps):
         basis = torch.linalg.qr(rows.T).Q
         rows = apply(basis.T)
         if not bool(rows.isfinite().all()):

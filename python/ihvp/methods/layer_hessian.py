@@ -150,6 +150,8 @@ def _pulled(y: Tensor, z: list[Tensor]) -> list[Tensor]:
 class LayerHessians:
     """Adds the Hessians of batches to the sums (p_b,p_b) of blocks, several batches at a time.
 
+    It is the symmetric part of a sum that is right: what couples two layers is added twice on one side of the diagonal.
+
     Products run in the net's dtype over at least 512 examples where there are as many, and are added in that of the
     sums.
     """
@@ -180,8 +182,6 @@ class LayerHessians:
             for k, l in own.curvature:
                 if k in columns and l in columns:
                     _add_pair(total[at[k], at[l]], own, k, columns[k], l, columns[l])
-                    if k != l:
-                        total[at[l], at[k]] = total[at[k], at[l]].T
 
 
 def _add_pair(total: Tensor, own: LayerDerivatives, k: str, width_k: slice, l: str, width_l: slice) -> None:
@@ -190,7 +190,8 @@ def _add_pair(total: Tensor, own: LayerDerivatives, k: str, width_k: slice, l: s
     curvature, motion = own.curvature[k, l], own.motion.get((k, l))
     O_k, I_k, O_l, I_l = curvature.shape[1], a_k.shape[1], delta_l.shape[1], a_l.shape[1]
     target = total.unflatten(0, (O_k, I_k)).unflatten(2, (O_l, I_l))
-    inputs, crossed = _outer(a_k, a_l), _outer(a_k, delta_l)
+    both = a_k if k == l else 2 * a_k
+    inputs, crossed = _outer(both, a_l), _outer(both, delta_l)
     step = max(1, WORKSPACE // (I_k * O_l * I_l))
     for o in range(0, O_k, step):
         at = slice(o, o + step)

@@ -1,4 +1,7 @@
-"""The matrices of curvature, summed over batches into one (p_b,p_b) for each block, in float64."""
+"""The matrices of curvature, summed over batches into one (p_b,p_b) for each block, in float64.
+
+The symmetric part of such a sum is the curvature.
+"""
 
 from __future__ import annotations
 
