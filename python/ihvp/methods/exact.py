@@ -125,7 +125,7 @@ class ExactIHVP(FlatIHVP):
         return torch.stack([self._solve_by_factor(block, v, damping) for damping in dampings])
 
     def _solve_by_factor(self, block: str, v: Tensor, damping: float) -> Tensor:
-        """Rows of v by the inverse. A solution of a float32 factor is refined, to an error of at most REFINED / NARROW."""
+        """Rows of v by the inverse. A float32 factor's solution is refined to an error of at most REFINED / NARROW."""
         factor = self._factor(block, damping)
         x = factor.solve(v)
         if factor.LU.dtype == torch.float64:
