@@ -75,8 +75,8 @@ def gauss_newton_sum(totals: Totals, model: InfluenceModel, parameters: dict[str
                     seeds = torch.zeros(len(roots[at]), K, N, K, dtype=outputs.dtype, device=total.device)
                     weighted = (U[at] * roots[at].unsqueeze(1)).mT.to(outputs.dtype)
                     seeds[torch.arange(len(weighted)), :, torch.arange(n, n + len(weighted))] = weighted
-                    J = torch.vmap(pull_back, randomness="same")(seeds.view(-1, *outputs.shape))
-                    J = J.to(model.dtype)
+                    pulled = torch.vmap(pull_back, randomness="same")(seeds.view(-1, *outputs.shape))
+                    J = parameters[block].together(pulled).to(model.dtype)
                     negative = (values[at] < 0).flatten() & (roots[at] > 0).flatten()
                     ops.covariance_update_(total, J[~negative])
                     if bool(negative.any()):
