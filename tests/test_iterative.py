@@ -455,13 +455,36 @@ def test_conjugate_gradients_that_do_not_converge_name_the_residual(krylov: str,
     assert own.reports["full"].iterations == 2 and not bool(own.reports["full"].converged.any())
 
 
-def test_negative_curvature_is_named() -> None:
+@pytest.mark.parametrize("krylov", ["separate", "shared"])
+def test_negative_curvature_ends_the_iterations_and_is_named(krylov: str) -> None:
     """An untrained net: its Hessian has negative eigenvalues."""
     data = plain()
     model = data.model()
-    assert float(torch.linalg.eigvalsh(hessian(model, data.train))[0]) < -1e-3
-    with pytest.raises(ConvergenceError, match=r"relative residual is .*, and the damped curvature is not positive"):
-        CgIHVP(model, [data.train], maxiter=5, on_failure="raise").solve(random_vectors(model))
+    H, V = hessian(model, data.train), random_vectors(model)
+    smallest = float(torch.linalg.eigvalsh(H)[0])
+    assert smallest < -1e-3
+    match = (
+        r"relative residual is .*, and the damped curvature is not positive definite: .* = -[\d.e-]+ was met; a larger"
+    )
+    with pytest.raises(ConvergenceError, match=match):
+        CgIHVP(model, [data.train], krylov=krylov, on_failure="raise").solve(V)
+    own = CgIHVP(model, [data.train], krylov=krylov, on_failure="return")
+    x = own.solve(V)
+    report = own.reports["full"]
+    assert report.iterations <= model.nb_params and not bool(report.converged.all())
+    assert_near(report.residuals[0], (flat(V) - flat(x) @ H).norm(dim=1) / flat(V).norm(dim=1), 1e-8)
+
+
+@pytest.mark.parametrize("krylov", ["separate", "shared"])
+def test_negative_curvature_at_one_damping_leaves_a_larger_one_alone(krylov: str) -> None:
+    data = plain()
+    model = data.model()
+    V = random_vectors(model)
+    own = CgIHVP(model, [data.train], rtol=1e-7, atol=0, krylov=krylov, on_failure="return")
+    x = own.solve(V, [0.0, 2.0])
+    assert not bool(own.reports["full"].converged[0].all()) and bool(own.reports["full"].converged[1].all())
+    want = dense(hessian(model, data.train), flat(V), 2.0)
+    assert_near(flat({layer: y[1] for layer, y in x.items()}), want, 1e-4)
 
 
 # --- LiSSA -------------------------------------------------------------------------------------------------------
