@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -118,6 +119,14 @@ def solver(name: str, curvature: str, structure: str = "full") -> Callable[..., 
 # --- products ----------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def dense_problem(problem: str, curvature: str) -> tuple[Problem, InfluenceModel, Tensor]:
+    """A problem and its dense matrix, which takes longer than all that is asked of it."""
+    data = PROBLEMS[problem]()
+    model = data.model()
+    return data, model, CURVATURES[curvature](model, data.train)
+
+
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("curvature", CURVATURES)
@@ -127,13 +136,12 @@ def test_products_are_those_of_the_dense_matrix(
     """Whether linearised batches are kept or made again in every pass."""
     if not kept:
         monkeypatch.setattr(ihvp.methods.products, "KEPT_BYTES", 0)
-    data = PROBLEMS[problem]()
-    model = data.model()
+    data, model, whole = dense_problem(problem, curvature)
     for structure in ("full", "parameter"):
         blocks = make_blocks(model, structure)
         loader = Counting(batches(data.train, 8))
         products = CurvatureProducts(model, loader, curvature, blocks)
-        F = within_blocks(structure, CURVATURES[curvature])(model, data.train)
+        F = within_blocks(structure, lambda *args: whole)(model, data.train)
         V = random_vectors(model, 70)
         want = vectors(model, flat(V) @ F)
         for block, own in blocks.items():
@@ -231,12 +239,11 @@ def test_solutions_of_a_trained_net(name: str, curvature: str, structure: str, t
 @pytest.mark.parametrize("curvature", ["gauss_newton", "fisher"])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_solutions_with_masks_and_weights(name: str, curvature: str, problem: str) -> None:
-    data = PROBLEMS[problem]()
-    model = data.model()
+    data, model, F = dense_problem(problem, curvature)
     _, tolerance = SOLVERS[name]
     own = solver(name, curvature)(model, batches(data.train, 8), 0.3)
     V = random_vectors(model)
-    assert_near(flat(own.solve(V)), dense(CURVATURES[curvature](model, data.train), flat(V), 0.3), tolerance)
+    assert_near(flat(own.solve(V)), dense(F, flat(V), 0.3), tolerance)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -349,6 +356,26 @@ def test_the_smallest_eigenvalue_of_a_singular_block_is_named_to_a_small_factor(
     own = ExactIHVP(model, train_hessian=Q * values @ Q.T)
     V = random_vectors(model)
     assert_near(flat(own.multiply(own.solve(V))), flat(V), 1e-6)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("scale", [1.0, 1e-60, 1e60])
+@pytest.mark.parametrize("smallest", [1e-2, 1e-3, 1e-6])
+def test_a_float32_factor_is_refined_and_an_ill_conditioned_matrix_takes_float64(
+    smallest: float, scale: float, sign: int
+) -> None:
+    """Definite and indefinite, also where float32 has no such numbers; at most 1e-12 / 1e-4, the stated error."""
+    model = plain().model()
+    Q = torch.linalg.qr(torch.randn(24, 24, dtype=F64, generator=torch.Generator().manual_seed(0))).Q
+    values = scale * torch.logspace(0, float(torch.tensor(smallest).log10()), 24, dtype=F64)
+    values[5] *= sign
+    own = ExactIHVP(model, train_hessian=Q * values @ Q.T)
+    V = random_vectors(model)
+    got = own._solve_block("full", 1e-30 * flat(V), [0.0])[0]  # before it is rounded to the model's dtype
+    assert_near(got, 1e-30 * flat(V) @ (Q / values) @ Q.T, 1e-8)
+    (factor,) = own._factors.values()
+    assert factor.LU.dtype == (F32 if smallest > 1e-4 else F64)
+    assert (factor.pivots is None) == (sign == 1)
 
 
 # --- conjugate gradients -----------------------------------------------------------------------------------------
