@@ -19,10 +19,9 @@ from ihvp.methods.products import Parameters, check_curvature
 from ihvp.model import InfluenceModel
 
 SEVERAL = 16  # dampings from which on an eigendecomposition costs less than a factorisation for each
-NARROW = (
-    1e-4  # smallest by largest eigenvalue from which on a float32 factorisation is refined instead of a float64 one
-)
-REFINEMENTS, REFINED = 10, 1e-12  # each brings at least two digits there; the residual over ||F|| ||x|| to reach
+NARROW = 1e-4  # smallest by largest eigenvalue above which a float32 factor is refined instead of a float64 one
+REFINEMENTS = 10  # each brings at least two digits there
+REFINED = {torch.float32: 1e-12, torch.float64: 1e-14}  # the residual over ||F|| ||x|| to reach, by the model's dtype
 TILE = 1024
 
 
@@ -130,10 +129,10 @@ class ExactIHVP(FlatIHVP):
         x = factor.solve(v)
         if factor.LU.dtype == torch.float64:
             return x
-        matrix = self._matrices[block]
+        matrix, refined = self._matrices[block], REFINED[self.model.dtype]
         for _ in range(REFINEMENTS):
             residuals = v - x @ matrix - damping * x
-            if bool((residuals.norm(dim=1) <= REFINED * factor.largest * x.norm(dim=1)).all()):
+            if bool((residuals.norm(dim=1) <= refined * factor.largest * x.norm(dim=1)).all()):
                 return x
             x = x + factor.solve(residuals)
         self._factors[block, damping] = self._factorised(block, damping, torch.float64)
