@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -118,6 +119,14 @@ def solver(name: str, curvature: str, structure: str = "full") -> Callable[..., 
 # --- products ----------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def dense_problem(problem: str, curvature: str) -> tuple[Problem, InfluenceModel, Tensor]:
+    """A problem and its dense matrix, which takes longer than all that is asked of it."""
+    data = PROBLEMS[problem]()
+    model = data.model()
+    return data, model, CURVATURES[curvature](model, data.train)
+
+
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("curvature", CURVATURES)
@@ -127,13 +136,12 @@ def test_products_are_those_of_the_dense_matrix(
     """Whether linearised batches are kept or made again in every pass."""
     if not kept:
         monkeypatch.setattr(ihvp.methods.products, "KEPT_BYTES", 0)
-    data = PROBLEMS[problem]()
-    model = data.model()
+    data, model, whole = dense_problem(problem, curvature)
     for structure in ("full", "parameter"):
         blocks = make_blocks(model, structure)
         loader = Counting(batches(data.train, 8))
         products = CurvatureProducts(model, loader, curvature, blocks)
-        F = within_blocks(structure, CURVATURES[curvature])(model, data.train)
+        F = within_blocks(structure, lambda *args: whole)(model, data.train)
         V = random_vectors(model, 70)
         want = vectors(model, flat(V) @ F)
         for block, own in blocks.items():
@@ -231,12 +239,11 @@ def test_solutions_of_a_trained_net(name: str, curvature: str, structure: str, t
 @pytest.mark.parametrize("curvature", ["gauss_newton", "fisher"])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_solutions_with_masks_and_weights(name: str, curvature: str, problem: str) -> None:
-    data = PROBLEMS[problem]()
-    model = data.model()
+    data, model, F = dense_problem(problem, curvature)
     _, tolerance = SOLVERS[name]
     own = solver(name, curvature)(model, batches(data.train, 8), 0.3)
     V = random_vectors(model)
-    assert_near(flat(own.solve(V)), dense(CURVATURES[curvature](model, data.train), flat(V), 0.3), tolerance)
+    assert_near(flat(own.solve(V)), dense(F, flat(V), 0.3), tolerance)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -351,6 +358,26 @@ def test_the_smallest_eigenvalue_of_a_singular_block_is_named_to_a_small_factor(
     assert_near(flat(own.multiply(own.solve(V))), flat(V), 1e-6)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("scale", [1.0, 1e-60, 1e60])
+@pytest.mark.parametrize("smallest", [1e-2, 1e-3, 1e-6])
+def test_a_float32_factor_is_refined_and_an_ill_conditioned_matrix_takes_float64(
+    smallest: float, scale: float, sign: int
+) -> None:
+    """Definite and indefinite, also where float32 has no such numbers; at most 1e-12 / 1e-4, the stated error."""
+    model = plain().model()
+    Q = torch.linalg.qr(torch.randn(24, 24, dtype=F64, generator=torch.Generator().manual_seed(0))).Q
+    values = scale * torch.logspace(0, float(torch.tensor(smallest).log10()), 24, dtype=F64)
+    values[5] *= sign
+    own = ExactIHVP(model, train_hessian=Q * values @ Q.T)
+    V = random_vectors(model)
+    got = own._solve_block("full", 1e-30 * flat(V), [0.0])[0]  # before it is rounded to the model's dtype
+    assert_near(got, 1e-30 * flat(V) @ (Q / values) @ Q.T, 1e-8)
+    (factor,) = own._factors.values()
+    assert factor.LU.dtype == (F32 if smallest > 1e-4 else F64)
+    assert (factor.pivots is None) == (sign == 1)
+
+
 # --- conjugate gradients -----------------------------------------------------------------------------------------
 
 PRECONDITIONERS: dict[str, Callable[[InfluenceModel, list[Batch]], Any]] = {
@@ -455,13 +482,36 @@ def test_conjugate_gradients_that_do_not_converge_name_the_residual(krylov: str,
     assert own.reports["full"].iterations == 2 and not bool(own.reports["full"].converged.any())
 
 
-def test_negative_curvature_is_named() -> None:
+@pytest.mark.parametrize("krylov", ["separate", "shared"])
+def test_negative_curvature_ends_the_iterations_and_is_named(krylov: str) -> None:
     """An untrained net: its Hessian has negative eigenvalues."""
     data = plain()
     model = data.model()
-    assert float(torch.linalg.eigvalsh(hessian(model, data.train))[0]) < -1e-3
-    with pytest.raises(ConvergenceError, match=r"relative residual is .*, and the damped curvature is not positive"):
-        CgIHVP(model, [data.train], maxiter=5, on_failure="raise").solve(random_vectors(model))
+    H, V = hessian(model, data.train), random_vectors(model)
+    smallest = float(torch.linalg.eigvalsh(H)[0])
+    assert smallest < -1e-3
+    match = (
+        r"relative residual is .*, and the damped curvature is not positive definite: .* = -[\d.e-]+ was met; a larger"
+    )
+    with pytest.raises(ConvergenceError, match=match):
+        CgIHVP(model, [data.train], krylov=krylov, on_failure="raise").solve(V)
+    own = CgIHVP(model, [data.train], krylov=krylov, on_failure="return")
+    x = own.solve(V)
+    report = own.reports["full"]
+    assert report.iterations <= model.nb_params and not bool(report.converged.all())
+    assert_near(report.residuals[0], (flat(V) - flat(x) @ H).norm(dim=1) / flat(V).norm(dim=1), 1e-8)
+
+
+@pytest.mark.parametrize("krylov", ["separate", "shared"])
+def test_negative_curvature_at_one_damping_leaves_a_larger_one_alone(krylov: str) -> None:
+    data = plain()
+    model = data.model()
+    V = random_vectors(model)
+    own = CgIHVP(model, [data.train], rtol=1e-7, atol=0, krylov=krylov, on_failure="return")
+    x = own.solve(V, [0.0, 2.0])
+    assert not bool(own.reports["full"].converged[0].all()) and bool(own.reports["full"].converged[1].all())
+    want = dense(hessian(model, data.train), flat(V), 2.0)
+    assert_near(flat({layer: y[1] for layer, y in x.items()}), want, 1e-4)
 
 
 # --- LiSSA -------------------------------------------------------------------------------------------------------

@@ -79,6 +79,20 @@ def untouched(net: nn.Module) -> Iterator[None]:
                 owner[key] = buffer.copy_(value)
 
 
+@contextlib.contextmanager
+def replaced_outputs(model: InfluenceModel, f: Callable[[Layer, Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """While the net runs, f(layer, input, output) takes the place of each tracked layer's output."""
+
+    def replace(layer: Layer) -> Callable[..., Tensor]:
+        return lambda module, args, kwargs, output: f(layer, args[0] if args else kwargs["input"], output)
+
+    with contextlib.ExitStack() as stack:
+        for layer in model.layers.values():
+            for module in layer.modules:
+                stack.callback(module.register_forward_hook(replace(layer), with_kwargs=True).remove)
+        yield
+
+
 def capture(
     model: InfluenceModel,
     batch: Batch,

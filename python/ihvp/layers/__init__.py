@@ -5,4 +5,4 @@ from ihvp.layers.linear import LINEAR
 
 LAYER_TYPES: dict[type, LayerType] = {layer_type.module: layer_type for layer_type in (LINEAR,)}
 
-__all__ = ["LAYER_TYPES", "LayerType"]
+__all__ = ["LAYER_TYPES", "LINEAR", "LayerType"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,8 +23,9 @@ KRYLOV = ("separate", "shared")
 class CgIHVP(IterativeIHVP):
     """Conjugate gradients on the damped curvature, all right-hand sides in one pass over the data an iteration.
 
-    A system has converged when ||r|| <= max(rtol ||b||, atol). The residuals are those of the recurrence. Negative
-    curvature does not stop the iterations; a failure says whether it was met.
+    A system has converged when ||r|| <= max(rtol ||b||, atol). The residuals are those of the recurrence. A direction d
+    with d^T (F + damping I) d <= 0 ends the iterations of its system (with krylov="shared": of all) before the step
+    along it: the damped curvature is not positive definite, and the failure says so.
 
     Several dampings share their products, by the shift invariance of Krylov spaces, where krylov="separate" and there
     is no preconditioner.
@@ -121,19 +123,24 @@ class CgIHVP(IterativeIHVP):
             return self.products(block, x)
 
         if self.krylov == "separate" and self.preconditioner is None:
-            x, residuals, steps, negative = shifted_cg(product, v, dampings, threshold, maxiter, None)
+            x, residuals, steps, lowest = shifted_cg(product, v, dampings, threshold, maxiter, None)
+            separate = len(dampings) > 1 and lowest <= 0  # where the smallest damping ends, a larger one need not
         else:
+            separate = True
+        if separate:
             solver = shifted_cg if self.krylov == "separate" else block_cg
             own = [
                 solver(product, v, [value], threshold, maxiter, self._precondition(block, value)) for value in dampings
             ]
             x, residuals = torch.cat([one[0] for one in own]), torch.cat([one[1] for one in own])
-            steps, negative = sum(one[2] for one in own), any(one[3] for one in own)
+            steps, lowest = sum(one[2] for one in own), min((one[3] for one in own), default=math.inf)
         report = IterationReport(
             steps,
             residuals / norms.clamp_min(torch.finfo(torch.float64).tiny),
             residuals <= threshold,
-            ", and the damped curvature is not positive definite" if negative else "",
+            f", and the damped curvature is not positive definite: d^T (F + damping I) d / d^T d = {lowest:.3g} was met"
+            if lowest <= 0
+            else "",
         )
         self._report(
             block,
@@ -144,8 +151,8 @@ class CgIHVP(IterativeIHVP):
         return x
 
 
-Solved = tuple[Tensor, Tensor, int, bool]
-"""x (D,Q,p), ||r|| (D,Q), iterations, whether negative curvature was met."""
+Solved = tuple[Tensor, Tensor, int, float]
+"""x (D,Q,p), ||r|| (D,Q), iterations, the smallest d^T (F + shift I) d / d^T d of the directions searched."""
 Solver = Callable[[Product, Tensor, "list[float]", Tensor, int, "Product | None"], Solved]
 
 
@@ -170,7 +177,7 @@ def shifted_cg(
     zeta = zeta_before = b.new_ones(D, Q)
     alpha_before, beta = b.new_ones(Q), b.new_zeros(Q)
     alive = torch.ones_like(at, dtype=torch.bool)
-    steps, negative = 0, False
+    steps, lowest_met = 0, math.inf
     while True:
         norms = zeta.abs() * r.norm(dim=1)
         open_ = (norms.amax(0) > threshold[at]) & alive if steps < maxiter else torch.zeros_like(alive)
@@ -179,13 +186,14 @@ def shifted_cg(
             at, r, rho, alpha_before, beta, alive = (y[open_] for y in (at, r, rho, alpha_before, beta, alive))
             x, p, zeta, zeta_before = (y[:, open_] for y in (x, p, zeta, zeta_before))
         if len(at) == 0:
-            return result, residuals, steps, negative
+            return result, residuals, steps, lowest_met
         steps += 1
         direction = p[seed]
         image = product(direction) + lowest * direction
         curvature = (direction * image).sum(1)
-        negative |= bool((curvature < 0).any())
-        alive = curvature != 0  # a direction without curvature is a breakdown: the row ends here, without a step
+        alive = curvature > 0  # else the row ends here, without a step
+        squares = direction.square().sum(1)
+        lowest_met = min(lowest_met, float((curvature / torch.where(squares == 0, 1.0, squares)).min()))
         alpha = torch.where(alive, rho / torch.where(alive, curvature, 1.0), 0.0)
         denominator = alpha_before * zeta_before * (1 + alpha * s) + alpha * beta * (zeta_before - zeta)
         zeta_next = torch.where(s == 0, zeta, zeta * zeta_before * alpha_before / denominator)
@@ -207,19 +215,21 @@ def block_cg(
     scale = torch.where(norms == 0, 1.0, norms).unsqueeze(1)
     r, x = b / scale, torch.zeros_like(b)
     p = _orthonormal(r if precondition is None else precondition(r))
-    steps, negative = 0, False
+    steps, lowest = 0, math.inf
     while True:
         residuals = (r * scale).norm(dim=1)
         if steps == maxiter or len(p) == 0 or bool((residuals <= threshold).all()):
-            return (x * scale).unsqueeze(0), residuals.unsqueeze(0), steps, negative
+            return (x * scale).unsqueeze(0), residuals.unsqueeze(0), steps, lowest
         steps += 1
         image = product(p) + shift * p
         gram = p @ image.T
         gram = (gram + gram.T) / 2
         values, vectors = torch.linalg.eigh(gram)
-        negative |= bool(values[0] < 0)
-        safe = values.abs() > torch.finfo(values.dtype).eps * values.abs().max()
-        inverse = (vectors * torch.where(safe, 1 / torch.where(safe, values, 1.0), 0.0)) @ vectors.T
+        lowest = min(lowest, float(values[0]))
+        if lowest <= 0:
+            maxiter = steps
+            continue
+        inverse = (vectors / values) @ vectors.T
         alpha = r @ p.T @ inverse
         x = x + alpha @ p
         r = r - alpha @ image
@@ -228,9 +238,14 @@ def block_cg(
 
 
 def _orthonormal(rows: Tensor) -> Tensor:
-    """An orthonormal basis of the rows' span, dependent ones left out."""
+    """An orthonormal basis of the rows' span, dependent ones left out: by the eigenvectors of the Gram matrix.
+
+    That squares the rows' condition, so the second pass makes orthonormal what rounding left of the first.
+    """
     norms = rows.norm(dim=1, keepdim=True)
-    values: Tensor
-    basis: Tensor
-    _, values, basis = torch.linalg.svd(rows / torch.where(norms == 0, 1.0, norms), full_matrices=False)
-    return basis[values > max(rows.shape) * torch.finfo(rows.dtype).eps * values[:1].clamp_min(1e-300)]
+    basis = rows / torch.where(norms == 0, 1.0, norms)
+    for _ in range(2):
+        values, vectors = torch.linalg.eigh(basis @ basis.T)
+        kept = values > len(rows) * torch.finfo(rows.dtype).eps * values[-1:].clamp_min(1e-300)
+        basis = (vectors[:, kept] / values[kept].sqrt()).T @ basis
+    return basis

@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ihvp import ops
-from ihvp.batch import Batch
-from ihvp.methods.base import Vectors, batches, gradients, read_state
-from ihvp.methods.blocks import BlockStructure, take
+from ihvp.methods.base import batches, read_state
+from ihvp.methods.blocks import BlockStructure
 from ihvp.methods.damping import Damping
 from ihvp.methods.full import FlatIHVP, positions
-from ihvp.methods.kronecker import symmetric_part
-from ihvp.methods.products import (
-    CHUNK,
-    Parameters,
-    check_curvature,
-    differentiating,
-    hessian_product,
-    linearise_outputs,
-)
+from ihvp.methods.matrices import SUMS
+from ihvp.methods.products import Parameters, check_curvature
 from ihvp.model import InfluenceModel
 
 SEVERAL = 16  # dampings from which on an eigendecomposition costs less than a factorisation for each
+NARROW = 1e-4  # smallest by largest eigenvalue above which a float32 factor is refined instead of a float64 one
+REFINEMENTS = 10  # each brings at least two digits there
+REFINED = {torch.float32: 1e-12, torch.float64: 1e-14}  # the residual over ||F|| ||x|| to reach, by the model's dtype
+TILE = 1024
 
 
 class ExactIHVP(FlatIHVP):
     """The mean Hessian, Gauss-Newton matrix J^T H_outputs J or empirical Fisher matrix. Passes over data: one.
 
     The matrix of each block (p_b,p_b) is summed in float64 and factorised: by Cholesky where it is positive definite,
-    by LU else; a Hessian may have negative eigenvalues, and the system is solved as it stands. For 16 dampings at once
-    and for the pseudo-inverse it is diagonalised instead.
+    by LU else; a Hessian may have negative eigenvalues, and the system is solved as it stands. A well-conditioned
+    matrix is factorised in float32, and its solutions are refined to float64. For 16 dampings at once and for the
+    pseudo-inverse it is diagonalised instead.
 
     Args:
         damping: a number >= 0, or "auto": 0.1 times the mean eigenvalue; or one of them for each block.
@@ -46,7 +42,8 @@ class ExactIHVP(FlatIHVP):
         train_hessian: a (p,p) matrix to take instead of fitting, its parameters in the order of the layers, each
             (O,I') row by row.
 
-    Source: Koh and Liang 2017 (arXiv:1703.04730), eq. 2; Martens 2020 (arXiv:1412.1193), section 8 for Gauss-Newton.
+    Source: Koh and Liang 2017 (arXiv:1703.04730), eq. 2; Martens 2020 (arXiv:1412.1193), section 8 for Gauss-Newton;
+    Higham 2002 (10.1137/1.9780898718027), section 12.1 for the refinement.
     """
 
     def __init__(
@@ -94,20 +91,25 @@ class ExactIHVP(FlatIHVP):
                 totals[block] = torch.zeros(p, p, dtype=torch.float64, device=model.device)
         parameters = {block: Parameters(model, own) for block, own in self.blocks.items()}
         examples = 0
-        for index, batch in batches(model, loader, self.curvature):
-            with torch.inference_mode(False):
-                ADD[self.curvature](totals, model, parameters, batch.outside_inference(), index)
-            for block, total in totals.items():
-                if not bool(total.diagonal().sum().isfinite()):
-                    raise FloatingPointError(f"block {block!r}: the {self.curvature} of batch {index} is not finite")
-            examples += batch.size
-        self._take({block: total.div_(examples) for block, total in totals.items()})
+        with SUMS[self.curvature](totals, model, parameters) as add:
+            for index, batch in batches(model, loader, self.curvature):
+                with torch.inference_mode(False):
+                    add(batch.outside_inference(), index)
+                for block, total in totals.items():
+                    if not bool(total.diagonal().sum().isfinite()):
+                        raise FloatingPointError(
+                            f"block {block!r}: the {self.curvature} of batch {index} is not finite"
+                        )
+                examples += batch.size
+        self._take(totals, 1 / examples)
         return self
 
-    def _take(self, matrices: dict[str, Tensor]) -> None:
-        self._matrices = {
-            block: symmetric_part(M, f"block {block!r}: the {self.curvature}") for block, M in matrices.items()
-        }
+    def _take(self, matrices: dict[str, Tensor], scale: float) -> None:
+        """Own the float64 matrices, made symmetric and multiplied by `scale` in place."""
+        for block, M in matrices.items():
+            if not bool(_symmetrise_(M, scale).sum().isfinite()):
+                raise FloatingPointError(f"block {block!r}: the {self.curvature} is not finite")
+        self._matrices = matrices
         self._eigen, self._factors = {}, {}
 
     def _mean_eigenvalue(self, block: str) -> float:
@@ -119,7 +121,22 @@ class ExactIHVP(FlatIHVP):
     def _solve_block(self, block: str, v: Tensor, dampings: list[float]) -> Tensor:
         if self.rcond is not None or len(dampings) >= SEVERAL or block in self._eigen:
             return self._solve_by_eigenvalues(block, v, dampings)
-        return torch.stack([self._factor(block, damping).solve(v) for damping in dampings])
+        return torch.stack([self._solve_by_factor(block, v, damping) for damping in dampings])
+
+    def _solve_by_factor(self, block: str, v: Tensor, damping: float) -> Tensor:
+        """Rows of v by the inverse. A float32 factor's solution is refined to an error of at most REFINED / NARROW."""
+        factor = self._factor(block, damping)
+        x = factor.solve(v)
+        if factor.LU.dtype == torch.float64:
+            return x
+        matrix, refined = self._matrices[block], REFINED[self.model.dtype]
+        for _ in range(REFINEMENTS):
+            residuals = v - x @ matrix - damping * x
+            if bool((residuals.norm(dim=1) <= refined * factor.largest * x.norm(dim=1)).all()):
+                return x
+            x = x + factor.solve(residuals)
+        self._factors[block, damping] = self._factorised(block, damping, torch.float64)
+        return self._solve_by_factor(block, v, damping)
 
     def _solve_by_eigenvalues(self, block: str, v: Tensor, dampings: list[float]) -> Tensor:
         if block not in self._eigen:
@@ -139,15 +156,29 @@ class ExactIHVP(FlatIHVP):
     def _factor(self, block: str, damping: float) -> _Factor:
         key = (block, damping)
         if key not in self._factors:
-            matrix = self._matrices[block].clone()
-            matrix.diagonal().add_(damping)
-            factor = _factorise(matrix)
-            smallest = 1 / max(_spectral_norm(factor.solve, matrix), torch.finfo(torch.float64).tiny)
-            self._check_regular(block, damping, smallest, _spectral_norm(lambda x: x @ matrix, matrix))
+            factor = self._factorised(block, damping, torch.float32)
+            if not factor.smallest > NARROW * factor.largest:
+                factor = self._factorised(block, damping, torch.float64)
+                self._check_regular(block, damping, factor.smallest, factor.largest)
             if len(self._factors) >= 4 * len(self.blocks):  # of a few dampings at a time
                 self._factors.clear()
             self._factors[key] = factor
         return self._factors[key]
+
+    def _factorised(self, block: str, damping: float, dtype: torch.dtype) -> _Factor:
+        matrix = self._matrices[block]
+        steps = 5 if dtype == torch.float64 else 2  # a float32 factor proves itself by its refinements
+        largest = _spectral_norm(lambda x: x @ matrix + damping * x, matrix, steps)
+        scale = largest if math.isfinite(largest) and largest > 0 else 1.0  # which float32 may not be able to hold
+        scaled = torch.div(matrix, scale, out=torch.empty_like(matrix, dtype=dtype))
+        scaled.diagonal().add_(damping / scale)
+        LU, info = torch.linalg.cholesky_ex(scaled)
+        pivots = None
+        if int(info) != 0:
+            LU, pivots, _ = torch.linalg.lu_factor_ex(scaled)
+        factor = _Factor(LU, pivots, scale, largest, 0.0)
+        smallest = 1 / max(_spectral_norm(factor.solve, matrix, steps), torch.finfo(torch.float64).tiny)
+        return replace(factor, smallest=smallest)
 
     def _rounding(self, block: str, damping: float) -> float:
         """Of the largest eigenvalue: undamped, zero ones come out as large as the derivatives' rounding errors."""
@@ -170,117 +201,56 @@ class ExactIHVP(FlatIHVP):
         shapes = {f"{block}/matrix": (self._block_size(block),) * 2 for block in self.blocks}
         own = read_state(state, shapes, "ExactIHVP")
         device = self.model.device
-        self._take({block: own[f"{block}/matrix"].to(device, torch.float64) for block in self.blocks})
+        self._take({block: own[f"{block}/matrix"].to(device, torch.float64) for block in self.blocks}, 1.0)
 
 
 @dataclass(frozen=True)
 class _Factor:
-    """A factorised symmetric matrix: Cholesky's L, or LU with its pivots."""
+    """A factorised symmetric matrix divided by `scale`: Cholesky's L, or LU with its pivots, in float32 or float64.
+
+    `largest` and `smallest` are the magnitudes of the matrix's eigenvalues.
+    """
 
     LU: Tensor
     pivots: Tensor | None
+    scale: float
+    largest: float
+    smallest: float
 
     def solve(self, v: Tensor) -> Tensor:
-        """Rows of v by the inverse."""
+        """Rows of v (float64) by the inverse, each scaled so that float32 holds it."""
+        norms = v.norm(dim=1, keepdim=True)
+        norms = torch.where(norms == 0, 1.0, norms)
+        b = (v / norms).to(self.LU.dtype).T
         if self.pivots is None:
-            return torch.cholesky_solve(v.T, self.LU).T
-        solution: Tensor = torch.linalg.lu_solve(self.LU, self.pivots, v.T).T
-        return solution
+            x = torch.cholesky_solve(b, self.LU).T
+        else:
+            x = torch.linalg.lu_solve(self.LU, self.pivots, b).T
+        return x.double() * (norms / self.scale)
 
 
-def _factorise(matrix: Tensor) -> _Factor:
-    L, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) == 0:
-        return _Factor(L, None)
-    LU, pivots, _ = torch.linalg.lu_factor_ex(matrix)
-    return _Factor(LU, pivots)
+def _symmetrise_(M: Tensor, scale: float) -> Tensor:
+    """M <- scale (M + M^T) / 2, tile by tile: no second matrix of that size."""
+    for i in range(0, len(M), TILE):
+        for j in range(0, i + TILE, TILE):
+            lower, upper = M[i : i + TILE, j : j + TILE], M[j : j + TILE, i : i + TILE]
+            mean = lower.T.add(upper).mul_(scale / 2)
+            upper.copy_(mean)
+            lower.copy_(mean.T)
+    return M
 
 
-def _spectral_norm(apply: Callable[[Tensor], Tensor], like: Tensor) -> float:
-    """||M|| of a symmetric M from rows x -> x M, by five steps of subspace iteration: at most a few times too small.
+def _spectral_norm(apply: Callable[[Tensor], Tensor], like: Tensor, steps: int) -> float:
+    """||M|| of a symmetric M from rows x -> x M, by subspace iteration: after five steps at most a few times too small.
 
     Infinite where the result is not finite, as that of a solve with an exact zero on the diagonal.
     """
     rows = torch.randn(4, len(like), dtype=like.dtype, generator=torch.Generator().manual_seed(0)).to(like.device)
     norm = 0.0
-    for _ in range(5):
+    for _ in range(steps):
         basis = torch.linalg.qr(rows.T).Q
         rows = apply(basis.T)
         if not bool(rows.isfinite().all()):
             return float("inf")
         norm = float(torch.linalg.matrix_norm(rows, 2))
     return norm
-
-
-Totals = dict[str, Tensor]
-Add = Callable[[Totals, InfluenceModel, dict[str, Parameters], Batch, int], None]
-
-
-def _add_hessian(
-    totals: Totals, model: InfluenceModel, parameters: dict[str, Parameters], batch: Batch, index: int
-) -> None:
-    """total += sum_n of the Hessian of the loss, row by row: its products with the unit vectors."""
-    for block, total in totals.items():
-        product, _ = hessian_product(model, parameters[block], batch, index)
-        with torch.no_grad():
-            for start in range(0, len(total), 4 * CHUNK):
-                rows = torch.arange(start, min(start + 4 * CHUNK, len(total)), device=total.device)
-                total[rows] += product(torch.nn.functional.one_hot(rows, len(total)).to(model.dtype))
-
-
-def _add_gauss_newton(
-    totals: Totals, model: InfluenceModel, parameters: dict[str, Parameters], batch: Batch, index: int
-) -> None:
-    """total += sum_n J_n^T H_n J_n, J_n the Jacobian of the outputs, H_n the Hessian of the loss in the outputs.
-
-    With H_n = U diag(s) U^T that is the sum of the squares of the rows of sqrt(s) U^T J_n, where s is not negative.
-    """
-    for block, total in totals.items():
-        with differentiating(model):
-            outputs, pull_back = linearise_outputs(parameters[block], batch)
-            H = _output_hessians(model, batch, outputs)
-        if not bool(H.isfinite().all()):
-            raise FloatingPointError(f"the gauss_newton of batch {index} is not finite")
-        values, U = torch.linalg.eigh(H)
-        N, K = values.shape
-        negligible = torch.finfo(model.dtype).eps * values.abs().amax(1, keepdim=True)
-        roots = values.abs().sqrt() * (values.abs() > negligible)
-        step = max(1, 4 * CHUNK // K)
-        with torch.no_grad():
-            for n in range(0, N, step):
-                at = slice(n, n + step)
-                seeds = torch.zeros(len(roots[at]), K, N, K, dtype=outputs.dtype, device=total.device)
-                weighted = (U[at] * roots[at].unsqueeze(1)).mT.to(outputs.dtype)
-                seeds[torch.arange(len(weighted)), :, torch.arange(n, n + len(weighted))] = weighted
-                J = torch.vmap(pull_back, randomness="same")(seeds.view(-1, *outputs.shape))
-                J = J.to(model.dtype)
-                negative = (values[at] < 0).flatten() & (roots[at] > 0).flatten()
-                ops.covariance_update_(total, J[~negative])
-                if bool(negative.any()):
-                    total -= J[negative].double().T @ J[negative].double()
-
-
-def _output_hessians(model: InfluenceModel, batch: Batch, outputs: Tensor) -> Tensor:
-    """(N,K,K): the Hessian of each example's loss in its outputs."""
-    leaf = outputs.detach().requires_grad_()
-    first = torch.autograd.grad(model.losses(leaf, batch, batch.targets).sum(), leaf, create_graph=True)[0]
-    first = first.flatten(1) if first.dim() > 1 else first.unsqueeze(1)
-    N, K = first.shape
-    H = torch.zeros(N, K, K, dtype=torch.float64, device=outputs.device)
-    for k in range(K):
-        if first.requires_grad:
-            row = torch.autograd.grad(first[:, k].sum(), leaf, retain_graph=True, allow_unused=True)[0]
-            if row is not None:
-                H[:, k] = row.reshape(N, K)
-    return H
-
-
-def _add_fisher(
-    totals: Totals, model: InfluenceModel, parameters: dict[str, Parameters], batch: Batch, index: int
-) -> None:
-    g: Vectors = gradients(model, batch, index=index)
-    for block, total in totals.items():
-        ops.covariance_update_(total, take(g, parameters[block].block))
-
-
-ADD: dict[str, Add] = {"hessian": _add_hessian, "gauss_newton": _add_gauss_newton, "fisher": _add_fisher}

@@ -65,10 +65,15 @@ class LissaIHVP(IterativeIHVP):
         steps, diverged = 0, False
         while len(at) and steps < self.maxiter and not diverged:
             steps += 1
-            own = h[at]
-            image = self.products(block, own) + shift[at] * own
-            change = b[at] - self.dampen * own - image / self.scale
-            h[at] = own + change
+            whole = len(at) == len(b)
+            own, own_b, own_shift = (h, b, shift) if whole else (h[at], b[at], shift[at])
+            change = self.products(block, own).addcmul_(own_shift, own).mul_(-1 / self.scale).add_(own_b)
+            if self.dampen > 0:
+                change.sub_(own, alpha=self.dampen)
+            if whole:
+                h.add_(change)
+            else:
+                h[at] = own.add_(change)
             residuals[at] = change.norm(dim=1) / norms[at]
             diverged = not bool((residuals[at] < GROWTH).all())
             at = at[residuals[at] > self.rtol]

@@ -18,13 +18,13 @@ from torch.utils._pytree import tree_leaves
 from ihvp.batch import Batch
 from ihvp.capture import untouched
 from ihvp.methods.base import batches
-from ihvp.methods.blocks import Block, apart, block_size
+from ihvp.methods.blocks import Block, apart, block_size, columns
 from ihvp.methods.tokens import Tokens, gradient_dots, gradient_sums, token_batches, within
 from ihvp.model import InfluenceModel
 
 CURVATURES = ("hessian", "gauss_newton", "fisher")
 KEPT_BYTES = 2**30  # of linearised batches
-CHUNK, CHUNK_BYTES = 64, 2**28  # directions differentiated at once, and what their intermediate results may take
+CHUNK, CHUNK_BYTES = 64, 2**25  # directions differentiated at once, and what their intermediate results may take
 PROBES = 32
 
 Product = Callable[[Tensor], Tensor]
@@ -70,15 +70,17 @@ class CurvatureProducts:
         passed = self._kept if self._kept is not None else (products for products, _, _ in self._pass([block]))
         with torch.inference_mode(False), torch.no_grad():
             v = v.clone() if v.is_inference() else v
-            total = torch.zeros_like(v, dtype=torch.float64)
+            total: Tensor | None = None
             for index, products in enumerate(passed):
                 part = products[block](v)
                 if not bool(part.sum().isfinite()):
                     raise FloatingPointError(
                         f"block {block!r}, batch {index}: the {self.curvature} product is not finite"
                     )
-                total += part
-        return total / self.examples
+                total = part if total is None else total.add_(part)
+        if total is None:
+            raise ValueError("the loader yielded no batch, though it did when the object was fitted")
+        return total.div_(self.examples)
 
     def mean_eigenvalue(self, block: str) -> float:
         """trace / p_b, by Hutchinson's estimate with 32 random signs; exact up to 32 parameters."""
@@ -115,40 +117,75 @@ def check_curvature(curvature: str) -> None:
         raise ValueError(f"curvature must be one of {', '.join(CURVATURES)}, got {curvature!r}")
 
 
+Leaves = dict[str, Tensor]
+"""Parameters by their names in the net, or vectors in their space with leading dimensions."""
+
+
 class Parameters:
-    """A block's parameters as one vector (p_b,), copied, and the way back to parameters by their names in the net."""
+    """A block's parameters, copied, and the way between them and flat vectors (Q,p_b)."""
 
     def __init__(self, model: InfluenceModel, block: Block) -> None:
         self.model, self.block = model, block
         with torch.inference_mode(False), torch.no_grad():
-            self.matrices = {name: model.layers[name].matrix().clone() for name in block}
-            self.theta = torch.cat([self.matrices[name][:, own].flatten() for name, own in block.items()])
+            self.fixed: Leaves = {}
+            for name in block:
+                self.fixed |= {
+                    key: p.clone() for key, p in model.layers[name].split(model.layers[name].matrix()).items()
+                }
+        inside = [columns(model.layers[name]).items() for name in block]
+        own = [key for (name, at), keys in zip(block.items(), inside, strict=True) for key, c in keys if _within(c, at)]
+        self.leaves: Leaves = {key: self.fixed.pop(key) for key in own}
 
-    def by_name(self, theta: Tensor) -> dict[str, Tensor]:
-        result: dict[str, Tensor] = {}
-        for name, part in apart(self.model, self.block, theta).items():
-            matrix, own = self.matrices[name], self.block[name]
-            whole = torch.cat([matrix[:, : own.start], part, matrix[:, own.stop :]], dim=1)
-            result |= self.model.layers[name].split(whole)
-        return result
+    def apart(self, v: Tensor) -> Leaves:
+        """(Q,p_b) as (Q,*) of each parameter, in its dtype."""
+        found: Leaves = {}
+        for name, part in apart(self.model, self.block, v).items():
+            layer, at = self.model.layers[name], self.block[name]
+            O, I = layer.shape
+            whole = part
+            if part.shape[-1] < I:
+                whole = part.new_zeros(len(v), O, I)
+                whole[..., at] = part
+            found |= layer.split(whole)
+        return {key: found[key].to(p.dtype) for key, p in self.leaves.items()}
 
-    def outputs(self, theta: Tensor, batch: Batch) -> Any:
-        """The net's outputs at `theta`; its buffers are copies, for a linearised batch may outlive this pass."""
+    def together(self, x: Leaves) -> Tensor:
+        """(Q,*) of each parameter as (Q,p_b) in float64."""
+        Q = len(next(iter(x.values())))
+        parts = []
+        for name, at in self.block.items():
+            layer = self.model.layers[name]
+            own = {key: x.get(key) for key in layer.parameters()}
+            whole = {
+                key.removeprefix(f"{name}."): self.fixed[key].new_zeros(Q, *self.fixed[key].shape) if y is None else y
+                for key, y in own.items()
+            }
+            parts.append(layer.type.join(layer.modules[0], whole)[..., at].flatten(1))
+        result = torch.empty(Q, sum(part.shape[1] for part in parts), dtype=torch.float64, device=parts[0].device)
+        return torch.cat(parts, dim=1, out=result)
+
+    def outputs(self, leaves: Leaves, batch: Batch) -> Any:
+        """The net's outputs at `leaves`; its buffers are copies, for a linearised batch may outlive this pass."""
         net = self.model.net
         buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
-        return torch.func.functional_call(net, self.by_name(theta) | buffers, batch.args, dict(batch.kwargs))
+        return torch.func.functional_call(net, self.fixed | leaves | buffers, batch.args, dict(batch.kwargs))
+
+
+def _within(inner: slice, outer: slice) -> bool:
+    return bool(outer.start <= inner.start and inner.stop <= outer.stop)
 
 
 def hessian_product(model: InfluenceModel, parameters: Parameters, batch: Batch, index: int) -> tuple[Product, int]:
     """sum_n of the Hessian of the loss, by reverse over reverse differentiation, and the bytes that it holds."""
 
-    def loss(theta: Tensor) -> Tensor:
-        return model.losses(parameters.outputs(theta, batch), batch, batch.targets).sum()
+    def loss(leaves: Leaves) -> Tensor:
+        return model.losses(parameters.outputs(leaves, batch), batch, batch.targets).sum()
 
     with differentiating(model) as made:
-        gradient, pull_back = vjp(torch.func.grad(loss), parameters.theta)
-    _check_finite(gradient, "gradient", index)
-    return _batched(pull_back, made.nbytes, parameters.theta.dtype), made.nbytes
+        gradient, pull_back = vjp(torch.func.grad(loss), parameters.leaves)
+    for own in gradient.values():
+        _check_finite(own, "gradient", index)
+    return _batched(pull_back, made.nbytes, parameters), made.nbytes
 
 
 def gauss_newton_product(
@@ -164,7 +201,7 @@ def gauss_newton_product(
         gradient, curve = vjp(torch.func.grad(loss), outputs)
         _, push = vjp(pull_back, torch.zeros_like(outputs))
     _check_finite(gradient, "gradient at the outputs", index)
-    return _batched(lambda v: pull_back(curve(push(v))), made.nbytes, parameters.theta.dtype), made.nbytes
+    return _batched(lambda v: pull_back(curve(push(v))), made.nbytes, parameters), made.nbytes
 
 
 def fisher_product(model: InfluenceModel, block: Block, tokens: Tokens) -> Product:
@@ -181,33 +218,38 @@ def fisher_product(model: InfluenceModel, block: Block, tokens: Tokens) -> Produ
 LINEARISATIONS = {"hessian": hessian_product, "gauss_newton": gauss_newton_product}
 
 
-def vjp(f: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def vjp(f: Callable[[Any], Any], x: Any) -> tuple[Any, Callable[[Any], Any]]:
     """f(x), and u -> J^T u."""
     pulled = torch.func.vjp(f, x)
     return pulled[0], lambda u: pulled[1](u)[0]
 
 
-def linearise_outputs(parameters: Parameters, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def linearise_outputs(parameters: Parameters, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Leaves]]:
     """The net's outputs, and u -> J^T u, J their Jacobian."""
 
-    def outputs(theta: Tensor) -> Tensor:
-        result = parameters.outputs(theta, batch)
+    def outputs(leaves: Leaves) -> Tensor:
+        result = parameters.outputs(leaves, batch)
         if not isinstance(result, Tensor):
             raise TypeError(
                 f'curvature="gauss_newton" needs a net that returns one tensor, got {type(result).__name__}'
             )
         return result
 
-    return vjp(outputs, parameters.theta)
+    return vjp(outputs, parameters.leaves)
 
 
-def _batched(f: Product, nbytes: int, dtype: torch.dtype) -> Product:
+def _batched(f: Callable[[Leaves], Leaves], nbytes: int, parameters: Parameters) -> Product:
     """Over the rows of v, as many at once as the intermediate results allow."""
     chunk = max(1, min(CHUNK, CHUNK_BYTES // max(1, nbytes)))
-    rows = torch.vmap(f, randomness="same", chunk_size=chunk)
+    rows = torch.vmap(f, randomness="same")
 
     def product(v: Tensor) -> Tensor:
-        return rows(v.to(dtype)).double() if len(v) else v
+        if len(v) == 0:
+            return v.double()
+        parts = [
+            parameters.together(rows(parameters.apart(part))) for part in v.to(parameters.model.dtype).split(chunk)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     return product
 
