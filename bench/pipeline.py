@@ -31,12 +31,14 @@ from bench.settings import SETTINGS, Setting, losses
 class Peer:
     """A version that the figures are about, and the times that this library must be faster: model -> step -> ratio.
 
-    A library runs the models it has an entry for, with `repeats`, or once if quick and not at all without a goal.
+    A library runs the models it has an entry for, with `repeats`, or once if quick and not at all without a goal. One
+    that takes longer than `limit` seconds is given up, and the table says so.
     """
 
     version: str
     goals: dict[str, dict[str, float]]
     repeats: int = 3
+    limit: float | None = None
 
 
 PEERS = {
@@ -48,7 +50,7 @@ PEERS = {
         },
     ),
     "pydvl": Peer("0.10.0", {"mlp": {"fit + scores": 15.0}}),
-    "dattri": Peer("0.3.0", {"mlp": {}}, repeats=1),
+    "dattri": Peer("0.3.0", {"mlp": {}}, repeats=1, limit=420.0),
 }
 FIT_OVER_TWO_PASSES = 1.5
 LIMITS = {"Lambda": 1e-4, "scores": 1e-3}
@@ -71,12 +73,17 @@ def run_child(library: str, model: str, folder: Path, repeats: int, precision: s
     return runner.run(SETTINGS[model](), folder, repeats)
 
 
-def child(library: str, model: str, folder: Path, repeats: int, precision: str) -> dict[str, Any]:
+def child(
+    library: str, model: str, folder: Path, repeats: int, precision: str, limit: float | None = None
+) -> dict[str, Any]:
     folder.mkdir()
     arguments = [library, model, str(folder), str(repeats), precision]
     command = [sys.executable, "-W", "ignore", "-m", "bench", "_child", *arguments]
     print(f"run    {library} on the {model}, {repeats} times", flush=True)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"missing": f"{library} had not finished after {limit:.0f} s"}
     if done.returncode != 0:
         raise SystemExit(f"the run of {library} failed:\n{done.stdout}\n{done.stderr}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -208,8 +215,10 @@ def compare(model: str, quick: bool, precision: str) -> dict[str, Any]:
                 peers[peer] = {"missing": missing}
                 continue
             folder = Path(temporary, peer)
-            peers[peer] = child(peer, model, folder, 1 if quick else PEERS[peer].repeats, precision)
-            CHECKS[peer](setting, folder, own_folder)
+            repeats = 1 if quick else PEERS[peer].repeats
+            peers[peer] = child(peer, model, folder, repeats, precision, PEERS[peer].limit)
+            if "missing" not in peers[peer]:
+                CHECKS[peer](setting, folder, own_folder)
     record = {"bench": "pipeline", "model": model, "title": setting.title, "precision": precision}
     return record | {
         "ihvp": own,
@@ -223,6 +232,7 @@ def compare(model: str, quick: bool, precision: str) -> dict[str, Any]:
 
 def run(models: list[str], quick: bool, output: Path | None, precision: str) -> None:
     print(json.dumps(machine()))
-    records = [compare(model, quick, precision) for model in models]
-    report(records)
-    write(output, records)
+    for model in models:
+        record = compare(model, quick, precision)
+        report([record])
+        write(output, [record])
