@@ -24,7 +24,8 @@ from typing import Any
 
 import ihvp
 import torch
-from ihvp import demo
+from ihvp.demo import digits as demo
+from ihvp.demo import measures, steps
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -169,7 +170,7 @@ def read(folder: Path) -> Setting:
 def run_child(name: str, folder: Path) -> dict[str, Any]:
     (case,) = (own for own in CASES if own.name == name)
     setting = read(folder)
-    with demo.one_thread():
+    with steps.one_thread():
         before = peak_memory()
         values, seconds = once(lambda: case.suspicion(setting, setting.model(case.layers)))
     return {"values": values.tolist(), "seconds": seconds, "memory": peak_memory() - before}
@@ -188,9 +189,9 @@ def child(name: str, folder: Path) -> dict[str, Any]:
 
 
 def prepare(folder: Path, quick: bool) -> Setting:
-    settings = demo.QUICK if quick else demo.FULL
+    settings = steps.QUICK if quick else steps.FULL
     digits = demo.load(settings.train, SEED)
-    with demo.one_thread():
+    with steps.one_thread():
         # The same seed gives the same training, stopped earlier.
         nets = [demo.train(digits, round(share * settings.epochs), SEED) for share in CHECKPOINTS]
         overfitted = overfit(digits, nets[-1])
@@ -262,7 +263,7 @@ def run(quick: bool, output: Path | None, figure: Path, only: str) -> None:
         for case in cases:
             own = child(case.name, Path(temporary))
             values = torch.tensor(own["values"], dtype=torch.float64)
-            found = demo.detection(values, flipped)
+            found = measures.detection(values, flipped)
             curves[case.name] = (case.layers, found.auc, curve(values, flipped))
             result = {"auc": found.auc, "recall": found.recall, "seconds": own["seconds"], "memory": own["memory"]}
             records.append({"bench": "methods", "method": case.name, "layers": case.layers, "quick": quick, **result})

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from ihvp.demo import measures, steps
 
-from bench import orders, pipeline, problems, pydvl, report, small_layers
+from bench import methods, orders, pipeline, problems, pydvl, report, small_layers
 from bench.cases import CASES, Goal
 from bench.measure import QUICK, Effort, Timing, check, race, relative_error
 from bench.memory import extra_memory
@@ -224,3 +225,14 @@ def test_small_layers_are_scored_both_ways(
     assert "scores of 12 layers" in capsys.readouterr().out
     record = json.loads((tmp_path / "out").read_text())
     assert set(record["times"]) == {"grouped", "loop", "capture"} and record["ratio"] > 0
+
+
+# --- methods -------------------------------------------------------------------------------------------------------
+
+
+def test_methods_bench_prepares_the_demos_data_and_networks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(steps, "QUICK", steps.Settings(train=200, epochs=4, queries=5))
+    setting = methods.prepare(tmp_path, quick=True)
+    assert int(setting.digits.flipped.sum()) == 10
+    found = measures.detection(methods.by_loss(setting, setting.model("all")), setting.digits.flipped)
+    assert 0.5 < found.auc <= 1.0
