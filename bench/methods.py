@@ -17,7 +17,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -246,6 +246,20 @@ def draw(curves: Mapping[str, tuple[str, float, Tensor]], path: Path) -> None:
     figure.savefig(path)
 
 
+HEADING = f"{'method':<30}{'layers':<8}{'ROC AUC':>8}{'in first 10 %':>15}{'time':>11}{'memory':>12}"
+
+
+def row(record: dict[str, Any]) -> str:
+    return (
+        f"{record['method']:<30}{record['layers']:<8}{record['auc']:8.3f}{record['recall']:15.0%}"
+        f"{record['seconds']:9.2f} s{record['memory'] / 1e6:9.1f} MB"
+    )
+
+
+def table(records: Sequence[dict[str, Any]]) -> None:
+    print("", HEADING, *map(row, records), sep="\n")
+
+
 def run(quick: bool, output: Path | None, figure: Path, only: str) -> None:
     print(json.dumps(machine()))
     cases = [case for case in CASES if only.lower() in case.name.lower()]
@@ -259,7 +273,7 @@ def run(quick: bool, output: Path | None, figure: Path, only: str) -> None:
         print(
             f"{len(flipped)} digits, {int(flipped.sum())} wrong labels; better than chance: ROC AUC above {limit:.3f}\n"
         )
-        print(f"{'method':<30}{'layers':<8}{'ROC AUC':>8}{'in first 10 %':>15}{'time':>11}{'memory':>12}")
+        print(HEADING)
         for case in cases:
             own = child(case.name, Path(temporary))
             values = torch.tensor(own["values"], dtype=torch.float64)
@@ -267,11 +281,7 @@ def run(quick: bool, output: Path | None, figure: Path, only: str) -> None:
             curves[case.name] = (case.layers, found.auc, curve(values, flipped))
             result = {"auc": found.auc, "recall": found.recall, "seconds": own["seconds"], "memory": own["memory"]}
             records.append({"bench": "methods", "method": case.name, "layers": case.layers, "quick": quick, **result})
-            print(
-                f"{case.name:<30}{case.layers:<8}{found.auc:8.3f}{found.recall:15.0%}{own['seconds']:9.2f} s"
-                f"{own['memory'] / 1e6:9.1f} MB",
-                flush=True,
-            )
+            print(row(records[-1]), flush=True)
     draw(curves, figure)
     write(output, records)
     print(f"\ndetection curves: {figure}")

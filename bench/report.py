@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import pydvl
+from bench import methods, pydvl
 
 Record = dict[str, Any]
 
@@ -200,6 +200,7 @@ TABLES = {
     "orders": orders,
     "pipeline": pipeline,
     "pydvl": pydvl.table,
+    "methods": methods.table,
 }
 
 
