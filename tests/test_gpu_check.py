@@ -43,8 +43,9 @@ def test_the_limits_fit_into_nine_minutes() -> None:
     text = SCRIPT.read_text()
     limits = [(name, int(limit)) for name, limit in re.findall(r'^ *step "?\$?([\w-]+)"? (\d+) ', text, re.MULTILINE)]
     assert [name for name, _ in limits] == [*STEPS, "tool"]
-    grace = int(re.search(r"--kill-after=(\d+)", text)[1])  # type: ignore[index]
-    tools = len(re.search(r"for tool in (.*);", text)[1].split())  # type: ignore[index]
+    (grace,) = map(int, re.findall(r"--kill-after=(\d+)", text))
+    (names,) = re.findall(r"for tool in (.*);", text)
+    tools = len(names.split())
     assert sum((limit + grace) * (tools if name == "tool" else 1) for name, limit in limits) < 540
 
 

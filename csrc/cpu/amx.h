@@ -2,10 +2,12 @@
 //     sums[i, j] += sum_k left[i, k] right[k, j]     for 16 x 16 sums and k = 0..31, products exact, sums in float32
 // with `right` in pairs: its row r holds k = 2 r and 2 r + 1 of each column, side by side. Taken as 32-bit words, a
 // left tile is the transpose of a right one. Denormals count as zero.
+// Without AMX this is the engine alone.
 #pragma once
-#include <immintrin.h>
-
 #include "engine.h"
+
+#ifdef __AMX_BF16__
+#include <immintrin.h>
 
 namespace ihvp {
 namespace IHVP_ISA {
@@ -124,3 +126,4 @@ IHVP_INLINE void multiply_blocks(const uint16_t* left, int64_t i, const uint16_t
 }  // namespace
 }  // namespace IHVP_ISA
 }  // namespace ihvp
+#endif

@@ -1,9 +1,5 @@
 // C += sum over real positions of x x^T: the tiles on and above the diagonal, each added to its mirror image too.
-#ifdef __AMX_BF16__
 #include "amx.h"
-#else
-#include "engine.h"
-#endif
 
 namespace ihvp {
 namespace IHVP_ISA {

@@ -1,5 +1,5 @@
 // out[n,t,c] = sum_i x[n,t,i] U[i,c], the bias feature of x folded in; masked positions give zero rows.
-#include "engine.h"
+#include "eigenbasis.h"
 
 namespace ihvp {
 namespace IHVP_ISA {

@@ -1,5 +1,5 @@
 // out[q] = U_G^T V[q] U_A, or with `inverse` out[q] = U_G V[q] U_A^T.
-#include "engine.h"
+#include "eigenbasis.h"
 
 namespace ihvp {
 namespace IHVP_ISA {

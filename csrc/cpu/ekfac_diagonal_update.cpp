@@ -1,7 +1,7 @@
 // Lambda[o,i] += sum_n (sum_t d[n,t,o] x[n,t,i])^2 with x = a U_A, d = delta U_G (project_first),
 //              = sum_n (U_G^T g_n U_A)[o,i]^2 with g_n = sum_t delta a^T       (gradient_first).
 // At T = 1 the square of the product is the product of the squares, and the sum over n is one plain product.
-#include "engine.h"
+#include "eigenbasis.h"
 
 namespace ihvp {
 namespace IHVP_ISA {

@@ -1,7 +1,7 @@
 // out[n] = sum_oi (U_G^T g_n U_A)[o,i]^2 / (Lambda + damping)[o,i].
 // T = 1: with W = 1 / (Lambda + damping), rowsum((D^2 W) * A^2) over projected, squared tokens.
 // T > 1: the tiles of each example's rotated gradient, squared and weighed as they come.
-#include "engine.h"
+#include "eigenbasis.h"
 
 namespace ihvp {
 namespace IHVP_ISA {

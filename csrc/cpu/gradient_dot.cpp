@@ -80,8 +80,7 @@ Status gradient_dot(View out, View P, View a, View delta, View mask, bool bias, 
     Group one{&P, &a, &delta, mask, bias, 1};
     return IHVP_COMPUTE(out.dtype == DType::f64, [&](auto zero) {
         using T = decltype(zero);
-        if (order == Order::gradient_first)
-            return gradient_first<T>(out, one, threads);
+        if (order == Order::gradient_first) return gradient_first<T>(out, one, threads);
         return query_first<T>(out, P, rows_a, rows_delta, a.shape[0], a.shape[1], per_token, threads);
     });
 }

@@ -1,11 +1,7 @@
 // S[q,n] = sum over layers of <P[q], g_n>: a block of g_n = sum_t delta a^T for some examples, then its dots with that
 // block of P; g is never whole, and P is read once for those examples. One layer is a group of one.
 #pragma once
-#ifdef __AMX_BF16__
 #include "amx.h"
-#else
-#include "engine.h"
-#endif
 
 namespace ihvp {
 namespace IHVP_ISA {

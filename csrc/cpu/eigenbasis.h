@@ -1,0 +1,85 @@
+// Tokens into the eigenbasis: the packed basis, and the projections that leave their result packed for the next
+// product.
+#pragma once
+#include "engine.h"
+
+namespace ihvp {
+namespace IHVP_ISA {
+namespace {
+
+// U with its rows as k, or nothing where the basis is the standard one.
+template <class T>
+Panels<T> pack_basis(Workspace& space, const View& U, int64_t d, bool transposed, int threads) {
+    Panels<T> panels{U.data ? space.take<T>(Panels<T>::size(d, d)) : nullptr, d, d};
+    if (U.data) pack_straight(panels, matrix_rows(U, transposed), 0, threads);
+    return panels;
+}
+
+template <class T>
+int64_t basis_size(const View& U, int64_t d) {
+    return U.data ? Panels<T>::size(d, d) : 0;
+}
+
+// Positions that a thread takes at a time: whole panels, few enough for every thread to have some.
+template <class T>
+int64_t rows_of_a_task(int64_t positions, int threads) {
+    constexpr int64_t W = Panels<T>::width;
+    return most(1, least(product_rows<T> / W, ceil_div(positions, W) / (2 * threads))) * W;
+}
+
+// Elements of such a task's packed positions, `depth` features each.
+template <class T>
+int64_t task_size(int64_t depth) {
+    return depth * most(product_rows<T>, Panels<T>::width);
+}
+
+// out[m, c] = sum_k x[m, k] U[k, c] for the positions first.. of x, as panels with k = m; squared where asked.
+// `scratch` holds task_size of d elements per thread.
+template <class T, bool square>
+void project(const Panels<T>& out, const Rows& x, int64_t first, const Panels<T>& basis, T* scratch, int threads) {
+    constexpr int64_t W = Panels<T>::width;
+    if (!basis.data) {
+        pack_straight(out, x, first, threads);
+        if (square) {
+            parallel(threads, out.count(), [&](int64_t p, int) {
+                T* values = out.at(0, p * W);
+                for (int64_t e = 0; e < out.depth * W; ++e) values[e] *= values[e];
+            });
+        }
+        return;
+    }
+    StorePanels<T, square> finish{out};
+    int64_t rows = rows_of_a_task<T>(out.depth, threads);
+    parallel(threads, ceil_div(out.depth, rows), [&](int64_t block, int thread) {
+        int64_t at = block * rows;
+        Panels<T> part{scratch + thread * task_size<T>(basis.depth), basis.depth, least(rows, out.depth - at)};
+        for (int64_t p = 0; p < part.count(); ++p) pack_transposed(part, p, x, first + at);
+        product(part, 0, part.columns, basis, 0, basis.count(),
+                [&](const Tile<T>& tile, int64_t i, int64_t j) { finish(tile, at + i, j); });
+    });
+}
+
+// The same with the roles exchanged: panels with k = c and the positions as columns, for the products that
+// contract over features.
+template <class T, bool square>
+void project_features(const Panels<T>& out, const Rows& x, int64_t first, const Panels<T>& basis, T* scratch,
+                      int threads) {
+    constexpr int64_t W = Panels<T>::width;
+    parallel(threads, out.count(), [&](int64_t p, int thread) {
+        Panels<T> target{out.at(0, p * W), out.depth, least(W, out.columns - p * W)};
+        if (!basis.data) {
+            pack_transposed(target, 0, x, first + p * W);
+            if (square) {
+                for (int64_t e = 0; e < target.depth * W; ++e) target.data[e] *= target.data[e];
+            }
+            return;
+        }
+        Panels<T> part{scratch + thread * task_size<T>(basis.depth), basis.depth, target.columns};
+        pack_transposed(part, 0, x, first + p * W);
+        product(basis, 0, basis.columns, part, 0, 1, StorePanels<T, square>{target});
+    });
+}
+
+}  // namespace
+}  // namespace IHVP_ISA
+}  // namespace ihvp
