@@ -25,7 +25,8 @@ Precision precision_named(const std::string& name) {
     if (name == "float32") return Precision::float32;
     if (name == "bf16x3") return Precision::bf16x3;
     if (name == "bf16") return Precision::bf16;
-    throw py::value_error("precision must be float32, bf16x3 or bf16, got " + name);
+    if (name == "int8x3") return Precision::int8x3;
+    throw py::value_error("precision must be float32, bf16x3, bf16 or int8x3, got " + name);
 }
 
 // What a kernel takes for an argument.

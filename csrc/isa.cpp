@@ -61,11 +61,13 @@ const Kernels* amx_kernels() {
     return &table;
 }
 
-// The processor has bfloat16 tiles and conversions, and the kernel lets this process use the tile registers.
+// The processor has tiles of bfloat16 and of bytes, and conversions, and the kernel lets this process use the tile
+// registers.
 bool amx_runs() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    bool tiles = (d & (1u << 22)) != 0 && (d & (1u << 24)) != 0;  // AMX-BF16, AMX-TILE
+    constexpr unsigned features = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
+    bool tiles = (d & features) == features;
     if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
     bool conversions = (a & (1u << 5)) != 0;  // AVX512-BF16
     constexpr int request_permission = 0x1023, tile_data = 18;

@@ -204,7 +204,10 @@ class Argument {
 
     int64_t span(int i) const { return view.stride[i] < 0 ? -view.stride[i] : view.stride[i]; }
     int64_t item() const {
-        return view.dtype == DType::f64 || view.dtype == DType::i64 ? 8 : view.dtype == DType::f32 ? 4 : view.dtype == DType::boolean ? 1 : 2;
+        return view.dtype == DType::f64 || view.dtype == DType::i64 ? 8
+               : view.dtype == DType::f32                           ? 4
+               : view.dtype == DType::boolean                       ? 1
+                                                                    : 2;
     }
     const char* begin() const {
         int64_t at = 0;

@@ -5,8 +5,8 @@
 
 namespace ihvp {
 
-// At least `size` bytes, aligned to a cache line; nullptr when there is no memory. Not cleared. Neither throws: a kernel
-// that had to unwind would carry a weak symbol.
+// At least `size` bytes, aligned to a cache line; nullptr when there is no memory. Not cleared. Neither throws: a
+// kernel that had to unwind would carry a weak symbol.
 void* borrow_memory(size_t size) noexcept;
 void return_memory(void* memory) noexcept;
 

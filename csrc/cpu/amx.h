@@ -27,9 +27,9 @@ struct __attribute__((packed)) TileConfig {
 constexpr TileConfig tile_config;
 
 // Tiles are loaded past the prefetchers: what comes next is asked for while this is multiplied.
-IHVP_INLINE void fetch_tile(const uint16_t* tile) {
+IHVP_INLINE void fetch_tile(const void* tile) {
 #pragma GCC unroll 16
-    for (int line = 0; line < 16; ++line) __builtin_prefetch(tile + line * 32, 0, 3);
+    for (int line = 0; line < 16; ++line) __builtin_prefetch(static_cast<const char*>(tile) + line * 64, 0, 3);
 }
 
 // 32 columns of a row of bfloat16 tokens, from column c0 on; past the end, and where masked, zero.
@@ -54,9 +54,9 @@ struct TokenTiles {
 };
 
 // One step as right tiles: the columns from first_column on of the positions first.., at most 32; missing ones are
-// zero. Out of line: inlined, gcc leaves a weak symbol for unwinding, though nothing throws.
-__attribute__((noinline)) inline void pack_right(const TokenTiles& out, int64_t s, const Rows& x, int64_t first,
-                                                 int64_t count, int64_t first_column = 0) {
+// zero.
+inline void pack_right(const TokenTiles& out, int64_t s, const Rows& x, int64_t first, int64_t count,
+                       int64_t first_column = 0) {
     uint16_t order[2][32];
     for (int c = 0; c < 32; ++c) {
         order[0][c] = uint16_t(c / 2 + c % 2 * 32);

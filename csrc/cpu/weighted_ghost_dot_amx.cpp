@@ -3,7 +3,7 @@
 //     bf16:   v w ~ hi_v hi_w                              relative error about 2e-3, at most 8e-3
 //     bf16x3: v w ~ hi_v hi_w + hi_v lo_w + lo_v hi_w      relative error about 4e-6, at most 5e-5
 // summed in float32. Tiles flush denormals: below 1e-35 lo is lost.
-#include "amx.h"
+#include "weighted_ghost_dot_int8.h"
 
 namespace ihvp {
 
@@ -37,22 +37,10 @@ IHVP_INLINE void split(__m512i (&out)[pieces], __m512 first, __m512 second) {
 // A block of 32 columns of the weight: for each step of 32 k and hi and lo two tiles of 16 columns, in which row r
 // holds the pairs k = 2 r, 2 r + 1.
 template <int pieces>
-void pack_weight(uint16_t* out, const Rows& weight, bool rows_are_columns, int64_t steps, int64_t block, float* rows) {
-    float part[32 * 32];
-    int64_t K = rows_are_columns ? weight.features : weight.count,
-            O = rows_are_columns ? weight.count : weight.features;
-    int64_t columns = least(32, O - block * 32);
+void pack_weight(uint16_t* out, const Rows& weight, bool rows_are_columns, int64_t steps, int64_t block) {
+    float rows[32 * step];
     for (int64_t s = 0; s < steps; ++s) {
-        int64_t k0 = s * step, depth = least(step, K - k0);
-        for (int64_t e = 0; e < 32 * step; ++e) rows[e] = 0;
-        if (rows_are_columns) {
-            for (int64_t c = 0; c < columns; ++c) weight.read(part + c * step, block * 32 + c, k0, k0 + depth);
-            for (int64_t k = 0; k < depth; ++k) {
-                for (int64_t c = 0; c < columns; ++c) rows[k * 32 + c] = part[c * step + k];
-            }
-        } else {
-            for (int64_t k = 0; k < depth; ++k) weight.read(rows + k * 32, k0 + k, block * 32, block * 32 + columns);
-        }
+        read_square(rows, weight, rows_are_columns, s * step, block * 32);
         uint16_t* tiles = out + (block * steps + s) * step_elements<pieces>;
         for (int64_t half = 0; half < 2; ++half) {
             for (int64_t r = 0; r < 16; ++r) {
@@ -129,11 +117,6 @@ IHVP_INLINE void multiply_tiles(float* sums, bool first, const uint16_t* x, cons
     _tile_stored(3, sums + 768, 64);
 }
 
-void read_padded(float* out, const Rows& rows, int64_t row, int64_t padded) {
-    rows.read(out, row, 0, rows.features);
-    for (int64_t c = rows.features; c < padded; ++c) out[c] = 0;
-}
-
 template <int pieces>
 Status run(const View& out, const Rows& x1, const Rows& y1, const Rows& x2, const Rows& y2, const Rows& weight,
            bool rows_are_columns, int threads) {
@@ -154,9 +137,8 @@ Status run(const View& out, const Rows& x1, const Rows& y1, const Rows& x2, cons
     uint16_t* products = space.take<uint16_t>(threads * block_steps<pieces> * step_elements<pieces>);
     float* result = static_cast<float*>(out.data);
 
-    parallel(threads, blocks, [&](int64_t block, int thread) {
-        pack_weight<pieces>(w, weight, rows_are_columns, steps, block, scratch + thread * own_floats);
-    });
+    parallel(threads, blocks,
+             [&](int64_t block, int) { pack_weight<pieces>(w, weight, rows_are_columns, steps, block); });
     for (int64_t first = 0; first < N; first += chunk) {
         int64_t count = least(chunk, N - first), groups = ceil_div(count, 32);
         parallel(threads, groups, [&](int64_t group, int) {
@@ -208,10 +190,15 @@ Status weighted_ghost_dot(View out, View a1, View delta1, View a2, View delta2, 
         return avx512::weighted_ghost_dot(out, a1, delta1, a2, delta2, weight, mask1, mask2, bias, precision, threads);
     Rows x1 = token_rows(a1, mask1, bias), x2 = token_rows(a2, mask2, bias);
     Rows y1 = token_rows(delta1, mask1, false), y2 = token_rows(delta2, mask2, false);
+    Rows w = matrix_rows(weight);
+    if (precision == Precision::int8x3) {
+        bool done = false;
+        Status status = in_fixed_point(out, x1, y1, x2, y2, w, threads, done);
+        if (done || status != Status::ok) return status;
+    }
     bool swap = y1.features > x1.features;  // contract over the longer side
     auto kernel = precision == Precision::bf16 ? run<1> : run<2>;
-    return swap ? kernel(out, y1, x1, y2, x2, matrix_rows(weight), false, threads)
-                : kernel(out, x1, y1, x2, y2, matrix_rows(weight), true, threads);
+    return swap ? kernel(out, y1, x1, y2, x2, w, false, threads) : kernel(out, x1, y1, x2, y2, w, true, threads);
 }
 
 }  // namespace IHVP_ISA
