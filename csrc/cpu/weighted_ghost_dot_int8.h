@@ -49,18 +49,16 @@ struct Extent {
 };
 
 IHVP_INLINE Extent extent_of_products(const float* row1, const float* row2, int64_t padded) {
-    __m512 largest = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-    for (int64_t k = 0; k < padded; k += 16) {
-        __m512 v = _mm512_loadu_ps(row1 + k) * _mm512_loadu_ps(row2 + k);
-        largest = _mm512_max_ps(largest, _mm512_abs_ps(v));
-        squares = _mm512_fmadd_ps(v, v, squares);
+    __m512 largest[2] = {}, squares[2] = {};
+    for (int64_t k = 0; k < padded; k += 32) {
+        for (int half = 0; half < 2; ++half) {
+            int64_t at = k + half * 16;
+            __m512 v = _mm512_loadu_ps(row1 + at) * _mm512_loadu_ps(row2 + at);
+            largest[half] = _mm512_max_ps(largest[half], _mm512_abs_ps(v));
+            squares[half] = _mm512_fmadd_ps(v, v, squares[half]);
+        }
     }
-    float lanes[16];
-    _mm512_storeu_ps(lanes, largest);
-    for (int half = 8; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-    }
-    return {lanes[0], sum_lanes<float>(squares)};
+    return {_mm512_reduce_max_ps(_mm512_max_ps(largest[0], largest[1])), sum_lanes<float>(squares[0] + squares[1])};
 }
 
 IHVP_INLINE float inverse(float unit) { return unit > 0 ? 1 / unit : 0; }
@@ -150,17 +148,17 @@ IHVP_INLINE void multiply_deep_tiles(int32_t* sums, bool first, const int8_t* v,
 
 // The row dot of a finished row with y1[m] y2[n].
 IHVP_INLINE float dot_row(const int32_t* sums, int64_t r, const float* row_y, const float* left, int64_t blocks) {
-    __m512 total = _mm512_setzero_ps();
+    __m512 total[2] = {};
     const int32_t* at = sums + r / 16 * 512 + r % 16 * 16;
     for (int64_t b = 0; b < blocks; ++b, at += 2048) {
-        for (int64_t half = 0; half < 2; ++half, row_y += 16, left += 16) {
+        for (int half = 0; half < 2; ++half, row_y += 16, left += 16) {
             __m512 high = _mm512_cvtepi32_ps(_mm512_loadu_si512(at + half * 256));
             __m512 cross = _mm512_cvtepi32_ps(_mm512_loadu_si512(at + 1024 + half * 256));
             __m512 tile = _mm512_fmadd_ps(high, _mm512_set1_ps(256), cross);
-            total += tile * _mm512_loadu_ps(row_y) * _mm512_loadu_ps(left);
+            total[half] += tile * _mm512_loadu_ps(row_y) * _mm512_loadu_ps(left);
         }
     }
-    return sum_lanes<float>(total) * 256;
+    return sum_lanes<float>(total[0] + total[1]) * 256;
 }
 
 // What decides whether fixed point is accurate: the squares of the rows' (columns') largest entries, and all squares.
@@ -180,16 +178,18 @@ struct Spread {
 Spread pack_deep_columns(int8_t* tiles, float* unit, float* rows, const Rows& weight, bool transposed, int64_t steps,
                          int64_t block) {
     for (int64_t k = 0; k < steps * deep_step; k += 32) read_square(rows + k * 32, weight, transposed, k, block * 32);
+    float largest[32] = {}, squares[32] = {};
+    for (int64_t k = 0; k < steps * deep_step; ++k) {
+        for (int64_t c = 0; c < 32; ++c) {
+            float entry = rows[k * 32 + c] < 0 ? -rows[k * 32 + c] : rows[k * 32 + c];
+            largest[c] = entry > largest[c] ? entry : largest[c];
+            squares[c] += entry * entry;
+        }
+    }
     Spread spread;
     for (int64_t c = 0; c < 32; ++c) {
-        Extent extent;
-        for (int64_t k = 0; k < steps * deep_step; ++k) {
-            float entry = rows[k * 32 + c] < 0 ? -rows[k * 32 + c] : rows[k * 32 + c];
-            extent.largest = entry > extent.largest ? entry : extent.largest;
-            extent.squares += entry * entry;
-        }
-        spread.add(extent);
-        unit[c] = extent.largest / units;
+        spread.add(Extent{largest[c], squares[c]});
+        unit[c] = largest[c] / units;
     }
     pack_deep_weight(tiles, rows, unit, steps);
     return spread;

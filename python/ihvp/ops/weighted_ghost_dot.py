@@ -134,7 +134,8 @@ def native(
 
 
 TILED = 4096  # elements of the weight and of the result from which tiles pay
-RANK = 4
+MOST_RANK = 8  # of the smooth part
+SMALL_SHARE, MOST_SHARE = 0.04, 0.1  # of the residual in the weight: wanted, and borne by bfloat16 pieces
 FIXED_POINT_SHARE = 0.05  # of the residual in the weight, up to which eight-bit pieces are accurate to 1e-5
 FIXED_POINT_SIDE = 256  # of the weight, beyond which they pay
 
@@ -144,14 +145,14 @@ class SplitWeight:
     """weight = rows columns * (left right + residual): a smooth part of low rank, and a residual small beside it.
 
     1 / (Lambda + damping) follows the eigenvalues of G and A up to the noise of a finite sample: scaled by its rows'
-    and columns' geometric means and without four singular directions it is a few per cent of itself, and so is the
+    and columns' geometric means and without a few singular directions it is a few per cent of itself, and so is the
     error of computing with it in bfloat16 products.
     """
 
     rows: Tensor  # (O,)
     columns: Tensor  # (I',)
-    left: Tensor  # (O,RANK)
-    right: Tensor  # (RANK,I')
+    left: Tensor  # (O,rank)
+    right: Tensor  # (rank,I')
     residual: Tensor  # (O,I')
     energies: tuple[Tensor, Tensor]  # (O,), (I'): sums of the residual's squares
     share: float  # the residual's norm over that of all in the brackets
@@ -172,28 +173,33 @@ def split_weight(weight: Tensor) -> SplitWeight | None:
 
 
 def _split(weight: Tensor) -> SplitWeight | None:
-    weight = weight.double()  # also outside the reach of torch's float32 matmul precision
     logarithm = weight.log()
     if not bool(logarithm.sum().isfinite()):  # a number that is not positive and finite
         return None
     mean_columns = logarithm.mean(0)
     rows, columns = (logarithm.mean(1) - mean_columns.mean()).exp(), mean_columns.exp()
-    scaled = weight / rows.unsqueeze(1) / columns
+    # In float64: outside the reach of torch's float32 matmul precision.
+    scaled = (weight / rows.unsqueeze(1)).div_(columns).double()
     # Subspace iteration from cosines: deterministic, and the wanted directions are smooth in the eigenvalues' order.
     grid = torch.arange(scaled.shape[1], dtype=torch.float64).unsqueeze(1) + 0.5
-    basis = torch.cos(torch.pi / scaled.shape[1] * grid * torch.arange(min(RANK, *scaled.shape)))
+    basis = torch.cos(torch.pi / scaled.shape[1] * grid * torch.arange(min(MOST_RANK, *scaled.shape)))
     for _ in range(2):
         left = torch.linalg.qr(scaled @ basis)[0]
         basis = torch.linalg.qr(scaled.T @ left)[0]
-    left = torch.linalg.qr(scaled @ basis)[0]
-    right = left.T @ scaled
-    residual = scaled - left @ right
-    # Only a small residual makes bfloat16 products accurate.
-    share = float(residual.norm()) / float(scaled.norm())
-    if not share <= 0.1:
+    turn, singular, right = torch.linalg.svd(scaled @ basis, full_matrices=False)
+    left, right = turn * singular, right @ basis.T
+    # The fewest directions that leave a small residual: only then are products of bfloat16 pieces accurate.
+    norm = float(scaled.norm())
+    left_over = norm**2 - singular.square().cumsum(0)
+    rank = int((left_over > (SMALL_SHARE * norm) ** 2).sum()) + 1
+    left, right = left[:, :rank], right[:rank]
+    residual = scaled.addmm_(left, right, alpha=-1).float()
+    squares = residual.square()
+    energies = squares.sum(1).double(), squares.sum(0).double()
+    share = float(energies[0].sum().sqrt()) / norm
+    if not share <= MOST_SHARE:
         return None
-    energies = residual.square().sum(1), residual.square().sum(0)
-    rows, columns, left, right, residual = (x.float() for x in (rows, columns, left, right, residual))
+    rows, columns, left, right = (x.float() for x in (rows, columns, left, right))
     return SplitWeight(rows, columns, left, right, residual, energies, share)
 
 
@@ -215,7 +221,7 @@ def _balanced(split: SplitWeight, x1: Tensor, d1: Tensor, x2: Tensor, d2: Tensor
         columns=split.columns * columns,
         left=split.left / rows.unsqueeze(1),
         right=split.right / columns,
-        residual=split.residual / rows.unsqueeze(1) / columns,
+        residual=(split.residual * rows.reciprocal().unsqueeze(1)).mul_(columns.reciprocal()),
     )
 
 
