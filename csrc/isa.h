@@ -9,12 +9,14 @@ namespace ihvp {
 struct Choice {
     const Kernels* kernels;
     bool runs_here;
+    bool pays_here = true;  // else it is only taken by name
 };
 
 // Best first.
 std::vector<Choice> compiled();
 
-// The one of this name, or the best for null; throws std::invalid_argument where this processor does not run it.
+// The one of this name, or the best that pays for null; throws std::invalid_argument where this processor does not run
+// it.
 const Kernels* select_isa(const char* wanted);
 
 }  // namespace ihvp

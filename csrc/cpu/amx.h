@@ -4,7 +4,7 @@
 // left tile is the transpose of a right one. Denormals count as zero.
 // Without AMX this is the engine alone.
 #pragma once
-#include "engine.h"
+#include "bf16.h"
 
 #ifdef __AMX_BF16__
 #include <immintrin.h>
@@ -30,20 +30,6 @@ constexpr TileConfig tile_config;
 IHVP_INLINE void fetch_tile(const void* tile) {
 #pragma GCC unroll 16
     for (int line = 0; line < 16; ++line) __builtin_prefetch(static_cast<const char*>(tile) + line * 64, 0, 3);
-}
-
-// 32 columns of a row of bfloat16 tokens, from column c0 on; past the end, and where masked, zero.
-IHVP_INLINE __m512i token_bits(const Rows& x, int64_t row, int64_t c0) {
-    constexpr uint16_t one = 0x3f80;
-    int64_t outer = row / x.inner, within = row - outer * x.inner;  // found once for all columns
-    if (x.mask != nullptr && !x.mask[outer * x.mask_outer + within * x.mask_inner]) return _mm512_setzero_si512();
-    const uint16_t* data = reinterpret_cast<const uint16_t*>(x.data) + outer * x.stride_outer +
-                           within * x.stride_inner + c0 * x.stride_column;
-    if (x.stride_column == 1 && c0 + tile_block <= x.stored) return _mm512_loadu_si512(data);
-    uint16_t bits[tile_block] = {};
-    for (int64_t c = 0; c < least(tile_block, x.stored - c0); ++c) bits[c] = data[c * x.stride_column];
-    if (x.features > x.stored && x.stored >= c0 && x.stored < c0 + tile_block) bits[x.stored - c0] = one;
-    return _mm512_loadu_si512(bits);
 }
 
 // Tokens as tiles: for each block of 32 columns and each step of 32 positions two tiles.

@@ -146,6 +146,26 @@ void pack_transposed(const Panels<T>& out, const Rows& in, int64_t first_row, in
     parallel(threads, out.count(), [&](int64_t p, int) { pack_transposed(out, p, in, first_row); });
 }
 
+// Two bfloat16 numbers, the first one below: bf16.h has products over such pairs.
+using Pair = uint32_t;
+
+// What products of T are summed in.
+template <class T>
+struct SumOf {
+    using Type = T;
+};
+template <>
+struct SumOf<Pair> {
+    using Type = float;
+};
+template <class T>
+using Sum = typename SumOf<T>::Type;
+
+template <class T>
+IHVP_INLINE void multiply_add(Vec<Sum<T>>& sum, Vec<T> y, T x) {
+    sum += y * x;
+}
+
 template <class T>
 struct Tile {
     Vec<T> acc[tile_rows][tile_vectors];
@@ -159,12 +179,12 @@ struct Ahead {
 };
 
 template <class T, int vectors>
-IHVP_INLINE void multiply(Tile<T>& tile, bool more, int64_t depth, const T* __restrict x, const T* __restrict y,
+IHVP_INLINE void multiply(Tile<Sum<T>>& tile, bool more, int64_t depth, const T* __restrict x, const T* __restrict y,
                           Ahead ahead) {
     constexpr int W = Lanes<T>::width, P = Lanes<T>::panel;
     // With nothing to come, what is here already: an address that is not mapped would be looked up each time.
     const char* next = ahead.data != nullptr ? ahead.data : reinterpret_cast<const char*>(y);
-    Vec<T> acc[tile_rows][vectors] = {};
+    Vec<Sum<T>> acc[tile_rows][vectors] = {};
     if (more) {
 #pragma GCC unroll 16
         for (int r = 0; r < tile_rows; ++r) {
@@ -179,7 +199,7 @@ IHVP_INLINE void multiply(Tile<T>& tile, bool more, int64_t depth, const T* __re
 #pragma GCC unroll 16
         for (int r = 0; r < tile_rows; ++r) {
 #pragma GCC unroll 8
-            for (int v = 0; v < vectors; ++v) acc[r][v] += b[v] * x[r];
+            for (int v = 0; v < vectors; ++v) multiply_add<T>(acc[r][v], b[v], x[r]);
         }
         __builtin_prefetch(next, 0, 2);
         next += ahead.stride;
@@ -195,7 +215,7 @@ IHVP_INLINE void multiply(Tile<T>& tile, bool more, int64_t depth, const T* __re
 
 // The tile at rows i.. of X's columns and panel p of Y, over the rows k0..k1 of both; `more` adds to it.
 template <class T>
-IHVP_INLINE void multiply(Tile<T>& tile, const Panels<T>& x, int64_t i, const Panels<T>& y, int64_t p, int64_t k0,
+IHVP_INLINE void multiply(Tile<Sum<T>>& tile, const Panels<T>& x, int64_t i, const Panels<T>& y, int64_t p, int64_t k0,
                           int64_t k1, bool more = false, Ahead ahead = {}) {
     constexpr int64_t P = Lanes<T>::panel;
     const T* a = x.at(k0, i);
@@ -238,7 +258,7 @@ IHVP_INLINE void product(const Panels<T>& x, int64_t i0, int64_t i1, const Panel
                          const Finish& finish) {
     constexpr int64_t W = Panels<T>::width, block_k = block_bytes / (W * int64_t(sizeof(T)));
     constexpr int64_t block_panels = 4, block_tiles = product_rows<T> / tile_rows;
-    Tile<T> waiting[block_panels * block_tiles];
+    Tile<Sum<T>> waiting[block_panels * block_tiles];
     bool whole = x.depth <= 2 * block_k;
     for (int64_t rows = i0; rows < i1; rows += product_rows<T>) {
         int64_t end = least(i1, rows + product_rows<T>);
@@ -252,7 +272,7 @@ IHVP_INLINE void product(const Panels<T>& x, int64_t i0, int64_t i1, const Panel
                                     : group_end < p1  ? y.at(0, group_end * W)
                                                       : y.at(k, p * W);
                     int64_t share = W * int64_t(sizeof(T)) * tile_rows / (end - rows);
-                    Tile<T>* tile = waiting + (whole ? 0 : (p - group) * block_tiles);
+                    Tile<Sum<T>>* tile = waiting + (whole ? 0 : (p - group) * block_tiles);
                     for (int64_t i = rows; i < end; i += tile_rows) {
                         int64_t done = (i - rows) / tile_rows * (k1 - k) * share;
                         if (k1 == x.depth) fetch_for(finish, i, p * W);

@@ -111,26 +111,38 @@ inline void gradient_tiles(float* g, const Rows& a, const Rows& delta, int64_t f
 }
 #endif
 
-// The block of g_n in `g`, rows of block_side. `buffer` holds 2 * block_positions rows of block_side. The positions
-// from `next` on are fetched meanwhile.
+// Tokens as rows of the panels: positions, or two by two.
 template <class T>
-void gradient_block(T* g, const Rows& a, const Rows& delta, int64_t first, int64_t positions, Block b, T* buffer,
-                    int64_t next) {
-#ifdef __AMX_BF16__
-    bool padded = positions < step / 2;  // tiles would be
-    if (sizeof(T) == sizeof(float) && a.dtype == DType::bf16 && delta.dtype == DType::bf16 && !padded)
-        return gradient_tiles(reinterpret_cast<float*>(g), a, delta, first, positions, b,
-                              reinterpret_cast<float*>(buffer));
+struct Packed {
+    static int64_t depth(int64_t positions) { return positions; }
+    static void pack(const Panels<T>& out, const Rows& x, int64_t first, int64_t positions, int64_t first_column) {
+        pack_straight(out, x, first, 0, positions, first_column);
+    }
+};
+#ifdef __AVX512BF16__
+template <>
+struct Packed<Pair> {
+    static int64_t depth(int64_t positions) { return ceil_div(positions, 2); }
+    static void pack(const Panels<Pair>& out, const Rows& x, int64_t first, int64_t positions, int64_t first_column) {
+        pack_pairs(out, x, first, positions, 0, out.depth, first_column);
+    }
+};
 #endif
-    constexpr int64_t W = Panels<T>::width;
+
+// The block of g_n in `g`, rows of block_side, from tokens packed as E. `buffer` holds 2 * block_positions rows of
+// block_side. The positions from `next` on are fetched meanwhile.
+template <class E, class T>
+void gradient_panels(T* g, const Rows& a, const Rows& delta, int64_t first, int64_t positions, Block b, E* buffer,
+                     int64_t next) {
+    constexpr int64_t W = Panels<E>::width;
     int64_t outputs = b.o1 - b.o0, inputs = b.i1 - b.i0;
     for (int64_t t = 0; t < positions; t += block_positions) {
-        int64_t depth = least(block_positions, positions - t);
-        Panels<T> d{buffer, depth, outputs}, x{buffer + block_positions * block_side, depth, inputs};
-        pack_straight(d, delta, first + t, 0, depth, b.o0);
-        pack_straight(x, a, first + t, 0, depth, b.i0);
-        int64_t tiles = x.count() * ceil_div(outputs, tile_rows), share = ceil_div(depth, tiles), ahead = next + t;
-        int64_t ahead_end = least(ahead + depth, a.count);
+        int64_t count = least(block_positions, positions - t), depth = Packed<E>::depth(count);
+        Panels<E> d{buffer, depth, outputs}, x{buffer + block_positions * block_side, depth, inputs};
+        Packed<E>::pack(d, delta, first + t, count, b.o0);
+        Packed<E>::pack(x, a, first + t, count, b.i0);
+        int64_t tiles = x.count() * ceil_div(outputs, tile_rows), share = ceil_div(count, tiles), ahead = next + t;
+        int64_t ahead_end = least(ahead + count, a.count);
         for (int64_t p = 0; p < x.count(); ++p) {
             for (int64_t i = 0; i < outputs; i += tile_rows, ahead += share) {
                 fetch<T>(delta, ahead, least(ahead_end, ahead + share), b.o0, b.o1);
@@ -151,6 +163,24 @@ void gradient_block(T* g, const Rows& a, const Rows& delta, int64_t first, int64
             }
         }
     }
+}
+
+template <class T>
+void gradient_block(T* g, const Rows& a, const Rows& delta, int64_t first, int64_t positions, Block b, T* buffer,
+                    int64_t next) {
+#ifdef __AVX512BF16__
+    if constexpr (sizeof(T) == sizeof(float)) {
+        bool bf16 = a.dtype == DType::bf16 && delta.dtype == DType::bf16;
+#ifdef __AMX_BF16__
+        bool padded = positions < step / 2;  // tiles would be
+        if (bf16 && !padded) return gradient_tiles(g, a, delta, first, positions, b, buffer);
+#else
+        if (bf16 && positions > 1)
+            return gradient_panels(g, a, delta, first, positions, b, reinterpret_cast<Pair*>(buffer), next);
+#endif
+    }
+#endif
+    gradient_panels(g, a, delta, first, positions, b, buffer, next);
 }
 
 template <class T>
