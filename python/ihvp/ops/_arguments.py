@@ -152,13 +152,13 @@ def check_pair(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`a` (N,T,I), `delta` (N,T,O) and `mask` (N,T) of the same positions, as three-dimensional views."""
     tokens_a = as_tokens("a" + suffix, a)
-    if delta.dim() != a.dim() or delta.shape[:-1] != a.shape[:-1]:
+    if delta.shape[:-1] != a.shape[:-1]:
         N, T, _ = tokens_a.shape
         raise ValueError(
             f"delta{suffix} must be (N,T,O) with N={N}, T={T} as in a{suffix} {shape_of(a)}, got {shape_of(delta)}"
         )
     check_mask("mask" + suffix, mask, a)
-    return tokens_a, as_tokens("delta" + suffix, delta), as_token_mask(mask)
+    return tokens_a, delta if tokens_a is a else delta.unsqueeze(1), as_token_mask(mask)
 
 
 def features(a: Tensor, bias: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -88,8 +89,7 @@ def check_group(**lists: Sequence[Tensor]) -> None:
     for name, tensors in lists.items():
         if isinstance(tensors, Tensor) or len(tensors) != len(members):
             raise ValueError(f"{name} must be a list of {len(members)} tensors as {first} is, got {len(tensors)}")
-    check_tensors(None, **{f"{name}[0]": tensors[0] for name, tensors in lists.items()})
-    if all(plain(tensors) and len({x.dtype for x in tensors}) == 1 for tensors in lists.values()):
+    if plain(chain.from_iterable(lists.values())) and all(_alike(tensors) for tensors in lists.values()):
         return
     named = {f"{name}[{layer}]": x for name, tensors in lists.items() for layer, x in enumerate(tensors)}
     check_tensors(None, **named)
@@ -97,6 +97,10 @@ def check_group(**lists: Sequence[Tensor]) -> None:
         kind = lists[name.partition("[")[0]][0].dtype
         if x.dtype != kind:
             raise TypeError(f"{name} must be {kind} as its first layer is, got {x.dtype}")
+
+
+def _alike(tensors: Sequence[Tensor]) -> bool:
+    return len({x.dtype for x in tensors}) == 1
 
 
 def reference(
