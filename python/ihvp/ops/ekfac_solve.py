@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,7 +67,9 @@ def fake(V: Tensor, U_A: Tensor, U_G: Tensor, Lambda: Tensor, damping: Sequence[
 
 def native(V: Tensor, U_A: Tensor, U_G: Tensor, Lambda: Tensor, damping: Sequence[float]) -> Tensor:
     out = fake(V, U_A, U_G, Lambda, damping)
-    shifts = torch.from_numpy(np.array(damping, np.float64))  # a third of torch.tensor's time
+    if not damping:
+        return out
+    shifts = torch.frombuffer(array("d", damping), dtype=torch.float64)  # torch.tensor takes three times as long
     _native.ekfac_solve(out, V, U_A, U_G, Lambda, shifts, torch.get_num_threads())
     return out
 
