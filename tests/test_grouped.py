@@ -67,6 +67,10 @@ def test_layers_of_other_dtypes_or_lengths_are_named() -> None:
     arguments["a"][2], arguments["delta"][2] = torch.ones(4, 2, 66), torch.ones(4, 2, 16)
     with pytest.raises(ValueError, match=r"a\[2\] must be \(N,T,I\) = \(4, 3, 66\), got \(4, 2, 66\)"):
         ops.gradient_dot_grouped(**arguments)
+    arguments = make_group("gradient_dot_grouped")
+    arguments["a"][2] = torch.ones(())
+    with pytest.raises(ValueError, match=r"a\[2\] must be \(N,T,features\) or \(N,features\), got \(\)"):
+        ops.gradient_dot_grouped(**arguments)
 
 
 @pytest.mark.parametrize("op", GROUPED)

@@ -73,12 +73,11 @@ def _fits(
     P: Sequence[Tensor], a: Sequence[Tensor], delta: Sequence[Tensor], positions: tuple[int, int], bias: bool
 ) -> bool:
     """A quick look at all shapes at once: hundreds of layers come with every batch."""
-    Q, wanted = P[0].shape[0], list(positions)
-    for p, x, d in zip(P, a, delta, strict=True):
-        (*own, I), (*others, O) = x.shape, d.shape
-        if own != wanted or others != wanted or p.shape != (Q, O, I + bias):
-            return False
-    return True
+    Q = P[0].shape[0]
+    return all(
+        x.shape[:-1] == positions and d.shape[:-1] == positions and p.shape == (Q, d.shape[-1], features(x, bias))
+        for p, x, d in zip(P, a, delta, strict=True)
+    )
 
 
 def check_group(**lists: Sequence[Tensor]) -> None:
