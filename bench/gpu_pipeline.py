@@ -56,7 +56,7 @@ def losses(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def timed(device: torch.device, f: Callable[[], Any]) -> tuple[Any, float]:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
     result = f()

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ihvp
 import torch
 from ihvp import ops
+from ihvp.ops._registry import Explanation
 from opt_einsum import DynamicProgramming, contract_path
 from torch import Tensor
 
@@ -55,7 +57,7 @@ class Problem:
         result = getattr(ops, self.op)(**self.arguments)
         return torch.cat([x.flatten() for x in result]) if isinstance(result, tuple) else result
 
-    def explain(self) -> ihvp.Explanation:
+    def explain(self) -> Explanation:
         return ihvp.explain(getattr(ops, self.op), **self.arguments)
 
     @property
@@ -104,13 +106,14 @@ def layer(N: int, T: int, O: int, I: int) -> Layer:
 
 def tuned(run: Callable[[Product], Tensor], dtype: torch.dtype = F32, detail: str = "") -> tuple[Rival, ...]:
     """The same contraction on every product there is."""
-    return tuple(Rival(name, lambda mm=mm: run(mm), detail) for name, mm in products(dtype).items())
+    return tuple(Rival(name, partial(run, mm), detail) for name, mm in products(dtype).items())
 
 
 def peer_einsum(expression: str, *operands: Tensor) -> Tensor:
     """An einsum by kronfluence's path: the fewest operations, outer products allowed."""
     path = contract_path(expression, *operands, optimize=DynamicProgramming(search_outer=True, minimize="flops"))[0]
-    return torch._VF.einsum(expression, operands, path=[index for pair in path for index in pair])
+    flat = [index for pair in path for index in pair]
+    return torch._VF.einsum(expression, operands, path=flat)  # type: ignore[attr-defined]  # torch's stubs lack it
 
 
 def peer_gradient(a: Tensor, delta: Tensor) -> Tensor:

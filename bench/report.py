@@ -192,6 +192,22 @@ def pipeline(records: Sequence[Record]) -> None:
         table(["goal", "against", "", "figure", ""], rows)
 
 
+def small_layers(records: Sequence[Record]) -> None:
+    print("\nA scoring pass over many small layers: one call for a group of layers, against a call a layer")
+    rows = []
+    for record in records:
+        seconds = {name: median(timing) for name, timing in record["times"].items()}
+        rows.append(
+            [
+                f"{record['layers']} layers, {record['positions']} positions, {record['device']}",
+                *(f"{seconds[name] * 1e3:.1f} ms" for name in ("capture", "grouped", "loop")),
+                spread(record["times"]["grouped"]),
+                ratio(record["ratio"]),
+            ]
+        )
+    table(["", "capture alone", "grouped", "a call a layer", "spread of grouped", "times"], rows)
+
+
 TABLES = {
     "processor": processor,
     "roofline": roofline,
@@ -201,6 +217,7 @@ TABLES = {
     "pipeline": pipeline,
     "pydvl": pydvl.table,
     "methods": methods.table,
+    "small layers": small_layers,
 }
 
 

@@ -16,6 +16,7 @@ from ihvp.methods.scoring import BatchScores
 from torch import Tensor, nn
 
 from bench.measure import FULL, QUICK, check, once, race, relative_error, write
+from bench.report import report
 
 WIDTHS, RANK, ADAPTERS = (64, 96, 128), 8, 250  # two layers each
 EXAMPLES, QUERIES, CLASSES = 16, 16, 10
@@ -97,13 +98,16 @@ def run(output: Path | None, device: torch.device, positions: int, quick: bool) 
     check(f"scores of {len(model.layers)} layers, {positions} positions", relative_error(scored(), loop()), 1e-5)
     runs = {"grouped": waited(scored), "loop": waited(loop), "capture": waited(lambda: capture(model, train, ignore))}
     times = race(runs, {name: once(call)[1] for name, call in runs.items()}, QUICK if quick else FULL)
-    for name, timing in times.items():
-        print(f"{name:<10}{timing}")
-    grouped, whole, alone = (times[name].median for name in ("grouped", "loop", "capture"))
-    beyond = f"{(whole - alone) * 1e3:.1f} ms of a loop against {(grouped - alone) * 1e3:.1f} ms grouped"
-    print(f"a pass {whole / grouped:.2f}x; its scores, beyond the capture, {beyond}")
-    record = {"bench": "small layers", "device": str(device), "positions": positions, "times": times}
-    write(output, [record | {"ratio": whole / grouped}])
+    record = {
+        "bench": "small layers",
+        "device": str(device),
+        "layers": len(model.layers),
+        "positions": positions,
+        "times": times,
+        "ratio": times["loop"].median / times["grouped"].median,
+    }
+    report([record])
+    write(output, [record])
 
 
 def ignore(*tokens: object) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,7 @@ def waves(*shape: int, step: float, dtype: torch.dtype) -> Tensor:
 
 def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     layers = {"hidden": nn.Linear(FEATURES, HIDDEN), "tanh": nn.Tanh(), "head": nn.Linear(HIDDEN, CLASSES)}
-    made = nn.Sequential()
-    for name, module in layers.items():
-        made.add_module(name, module)
-    made = made.to(dtype)
+    made = nn.Sequential(OrderedDict(layers)).to(dtype)
     with torch.no_grad():
         for i, p in enumerate(made.parameters()):
             p.copy_(waves(*p.shape, step=1.7 + i, dtype=dtype))

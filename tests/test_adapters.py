@@ -8,6 +8,7 @@ from typing import Any
 import ihvp
 import pytest
 import torch
+from guide_case import guide_data, guide_loaders, guide_net
 from ihvp.adapters import empirical_if_api, influenciae_api
 from ihvp.adapters.influenciae_api import ORDER
 from nets import F64, assert_near, cross_entropy
@@ -19,16 +20,7 @@ LOSS = nn.CrossEntropyLoss(reduction="none")
 
 def mlp() -> nn.Sequential:
     torch.manual_seed(0)
-    net = nn.Sequential()
-    for name, module in {
-        "feature_extractor": nn.Linear(5, 6),
-        "tanh_1": nn.Tanh(),
-        "hidden": nn.Linear(6, 4),
-        "tanh_2": nn.Tanh(),
-        "classifier": nn.Linear(4, 3),
-    }.items():
-        net.add_module(name, module)
-    return net.double()
+    return guide_net((5, 6, 4, 3), nn.Tanh).double()
 
 
 def loader(N: int, batch_size: int, seed: int = 0) -> DataLoader[Any]:
@@ -247,21 +239,8 @@ def test_boundaries() -> None:
 def test_the_guides_section_seven() -> None:
     """Word for word but for torch's data and layers."""
     torch.manual_seed(42)
-    model = nn.Sequential()
-    for name, module in {
-        "feature_extractor": nn.Linear(100, 64),
-        "relu_1": nn.ReLU(),
-        "hidden": nn.Linear(64, 32),
-        "relu_2": nn.ReLU(),
-        "classifier": nn.Linear(32, 10),
-    }.items():
-        model.add_module(name, module)
-    n_train, n_test = 100, 10
-    X_train, y_train = torch.randn(n_train, 100), torch.randint(0, 10, (n_train,))
-    X_test, y_test = torch.randn(n_test, 100), torch.randint(0, 10, (n_test,))
-    train_dataset = DataLoader(TensorDataset(X_train, y_train), batch_size=32)
-    test_dataset = DataLoader(TensorDataset(X_test, y_test), batch_size=10)
-    hessian_dataset = DataLoader(TensorDataset(X_train[:50], y_train[:50]), batch_size=8)
+    model = guide_net()
+    train_dataset, test_dataset, hessian_dataset = guide_loaders(*guide_data())
 
     def process_batch_for_loss(batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         inputs, labels = batch

@@ -222,9 +222,12 @@ def test_small_layers_are_scored_both_ways(
 ) -> None:
     monkeypatch.setattr(small_layers, "ADAPTERS", 6)
     small_layers.run(tmp_path / "out", torch.device("cpu"), 2, quick=True)
-    assert "scores of 12 layers" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "scores of 12 layers" in printed and "\n12 layers, 2 positions, cpu " in printed
     record = json.loads((tmp_path / "out").read_text())
     assert set(record["times"]) == {"grouped", "loop", "capture"} and record["ratio"] > 0
+    report.run(tmp_path / "out")
+    assert capsys.readouterr().out in printed, "a table is the same from its records and from their JSON"
 
 
 # --- methods -------------------------------------------------------------------------------------------------------

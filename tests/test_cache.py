@@ -8,6 +8,7 @@ import ihvp
 import pytest
 import torch
 from ihvp.capture import capture
+from nets import cross_entropy
 from torch import Tensor, nn
 
 
@@ -26,14 +27,10 @@ class Counted(nn.Module):
         return (self.left(hidden) + self.right(hidden)) * self.scale
 
 
-def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(outputs, targets, reduction="none")
-
-
 def setting(cache_bytes: int) -> tuple[ihvp.InfluenceModel, list[tuple[Tensor, Tensor]]]:
     torch.manual_seed(0)
     data = [(torch.randn(8, 6), torch.randint(3, (8,))) for _ in range(4)]
-    return ihvp.InfluenceModel(Counted(), loss, cache_bytes=cache_bytes, progress=False), data
+    return ihvp.InfluenceModel(Counted(), cross_entropy, cache_bytes=cache_bytes, progress=False), data
 
 
 def scored(model: ihvp.InfluenceModel, data: list[Any]) -> Tensor:
@@ -67,7 +64,7 @@ def test_a_changed_net_is_run_again(change: str) -> None:
             model.net.scale.mul_(2)
         else:
             model.net.train(not model.net.training)
-    fresh = ihvp.InfluenceModel(model.net, loss, progress=False)
+    fresh = ihvp.InfluenceModel(model.net, cross_entropy, progress=False)
     assert torch.equal(scored(fresh, data), scored(model, data))
     assert model.net.runs == 4 + 13 + 4
 

@@ -9,7 +9,8 @@ import ihvp
 import pytest
 import torch
 from ihvp import ops
-from op_cases import NATIVE_OPS, SPECS, make
+from ihvp.ops import _registry
+from op_cases import F64, NATIVE_OPS, SPECS, make
 from torch import Tensor
 
 
@@ -83,6 +84,26 @@ def test_explain_knows_when_each_order_pays() -> None:
         for T, order in ((2, short), (300, long)):
             call = make(op, {"N": 64, "T": T, "I": 96, "O": 96, "Q": 2})
             assert ihvp.explain(getattr(ops, op), **call.arguments).order == order
+
+
+def test_an_order_is_predicted_once_for_all_that_its_cost_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    op, predicted, costs = _registry._ops["gradient_dot"], [], _registry.Op._costs
+
+    def counted(self: _registry.Op, *args: Any) -> Any:
+        predicted.append(self.name)
+        return costs(self, *args)
+
+    monkeypatch.setattr(_registry.Op, "_costs", counted)
+    monkeypatch.setattr(_registry, "REMEMBERED", 3)
+    op._best.clear()
+    first = make("gradient_dot", {"T": 3})
+    others = [make("gradient_dot", {"T": 4}), make("gradient_dot", {"T": 3}, F64)]
+    for call in (first, *others, *others, first):
+        call.check(call())
+    assert len(predicted) == 3
+    torch.set_num_threads(2)
+    first.check(first())
+    assert len(predicted) == 4 and len(op._best) == 1, "threads count, and no more than REMEMBERED are kept"
 
 
 def test_explain_refuses_what_the_op_refuses() -> None:

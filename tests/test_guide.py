@@ -6,29 +6,18 @@ from itertools import pairwise
 
 import ihvp
 import torch
+from guide_case import guide_data, guide_loaders, guide_net
 from ihvp import EKFACIHVP, Batch, FirstOrderInfluenceCalculator, InfluenceModel
 from nets import F64, assert_near, cross_entropy, gradients, rows
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 
 def test_the_guides_complete_example() -> None:
     """Its section 7, on torch: an MLP of which only `hidden` to `classifier` are watched."""
     torch.manual_seed(42)
-    net = nn.Sequential()
-    for name, module in {
-        "feature_extractor": nn.Linear(100, 64),
-        "relu_1": nn.ReLU(),
-        "hidden": nn.Linear(64, 32),
-        "relu_2": nn.ReLU(),
-        "classifier": nn.Linear(32, 10),
-    }.items():
-        net.add_module(name, module)
-    X_train, y_train = torch.randn(100, 100), torch.randint(10, (100,))
-    X_test, y_test = torch.randn(10, 100), torch.randint(10, (10,))
-    train_dataset = DataLoader(TensorDataset(X_train, y_train), batch_size=32)
-    test_dataset = DataLoader(TensorDataset(X_test, y_test), batch_size=10)
-    hessian_dataset = DataLoader(TensorDataset(X_train[:50], y_train[:50]), batch_size=8)
+    net = guide_net()
+    (X_train, y_train), (X_test, y_test) = guide_data()
+    train_dataset, test_dataset, hessian_dataset = guide_loaders((X_train, y_train), (X_test, y_test))
 
     optimizer = torch.optim.Adam(net.parameters())
     for _ in range(5):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ def run(setting: Setting, folder: Path, repeats: int) -> dict[str, Any]:
     for repeat in range(repeats):
         task = AttributionTask(mean_loss, setting.net, setting.net.state_dict())
         attributor = IFAttributorEKFAC(task, setting.layers, damping=DAMPING)
-        seconds["fit"].append(once(lambda attributor=attributor: attributor.cache(train))[1])
-        result, spent = once(lambda attributor=attributor: attributor.attribute(train, queries))
+        seconds["fit"].append(once(partial(attributor.cache, train))[1])
+        result, spent = once(partial(attributor.attribute, train, queries))
         seconds["scores"].append(spent)
         if repeat == 0:
             memory = peak_memory() - before

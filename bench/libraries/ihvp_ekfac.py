@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,6 +12,7 @@ from unittest import mock
 import ihvp
 import torch
 from ihvp.methods import ekfac
+from ihvp.methods.kronecker import eigendecompose
 from torch import Tensor, nn
 
 from bench.measure import once, peak_memory
@@ -28,10 +30,10 @@ def run(setting: Setting, folder: Path, repeats: int, cache_bytes: int = 0) -> d
         with eigendecomposition_timed() as eigen:
             curvature, fit = once(lambda: ihvp.EKFACIHVP(model, train, damping="auto"))
         calculator = ihvp.FirstOrderInfluenceCalculator(model, train, curvature)
-        scores, score = once(lambda calculator=calculator: calculator.scores([setting.queries]))
+        scores, score = once(partial(calculator.scores, [setting.queries]))
         if repeat == 0:
             memory = peak_memory() - before
-        plain = once(lambda: [plain_pass(setting) for _ in range(2)])[1]
+        plain = once(partial(plain_passes, setting, 2))[1]
         for step, value in zip(steps, (fit, sum(eigen), score, plain), strict=True):
             seconds[step].append(value)
     torch.save(scores, folder / "scores.pt")
@@ -42,10 +44,9 @@ def run(setting: Setting, folder: Path, repeats: int, cache_bytes: int = 0) -> d
 def eigendecomposition_timed() -> Iterator[list[float]]:
     """The seconds that a fit spends on eigendecompositions, a number a call."""
     spent: list[float] = []
-    plain = ekfac.eigendecompose
 
     def timed(*arguments: Any) -> Any:
-        result, seconds = once(lambda: plain(*arguments))
+        result, seconds = once(lambda: eigendecompose(*arguments))
         spent.append(seconds)
         return result
 
@@ -55,7 +56,7 @@ def eigendecomposition_timed() -> Iterator[list[float]]:
         raise SystemExit("a fit made no eigendecomposition that could be timed")
 
 
-def plain_pass(setting: Setting) -> None:
+def plain_passes(setting: Setting, count: int) -> None:
     """Forward and backward to the outputs of the tracked layers, with nothing done there and no weight gradients."""
     tracked = [setting.net.get_submodule(name) for name in setting.layers]
     required = [(p, p.requires_grad) for p in setting.net.parameters()]
@@ -69,7 +70,7 @@ def plain_pass(setting: Setting) -> None:
     try:
         for p, _ in required:
             p.requires_grad_(False)
-        for inputs, targets in setting.batches:
+        for inputs, targets in setting.batches * count:
             firsts.clear()
             torch.autograd.grad(losses(setting.net(inputs), targets).sum(), firsts)
     finally:

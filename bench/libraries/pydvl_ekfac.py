@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def run(setting: Setting, folder: Path, repeats: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"fit": [], "scores": []}
     for repeat in range(repeats):
         influence = EkfacInfluence(setting.net, update_diagonal=True, hessian_regularization=DAMPING, progress=False)
-        seconds["fit"].append(once(lambda influence=influence: influence.fit(data))[1])
+        seconds["fit"].append(once(partial(influence.fit, data))[1])
 
         def scores(influence: EkfacInfluence = influence) -> torch.Tensor:
             factors = influence.influence_factors(*setting.queries)

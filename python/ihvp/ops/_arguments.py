@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FLOATING = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
 def shape_of(x: Tensor) -> str:
@@ -18,7 +18,33 @@ def shape_of(x: Tensor) -> str:
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 when any operand is, float32 otherwise: sums are never narrower than float32."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+    for x in tensors:
+        if x is not None and x.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
+
+
+def plain(tensors: Iterable[object]) -> bool:
+    """A quick look: nothing in `check_tensors` could object. When not, each tensor is looked at and named."""
+    if forward_ad._current_level >= 0:
+        return False
+    device: torch.device | None = None
+    for x in tensors:
+        if (
+            not isinstance(x, Tensor)
+            or x.dtype not in FLOATING
+            or x.layout != torch.strided
+            or x.requires_grad
+            or x.is_nested
+        ):
+            return False
+        if device is None:
+            if not (x.is_cpu or x.is_cuda):
+                return False
+            device = x.device
+        elif x.device != device:
+            return False
+    return True
 
 
 def check_tensors(optional: Mapping[str, Tensor | None] | None = None, **tensors: Tensor) -> None:
@@ -26,10 +52,13 @@ def check_tensors(optional: Mapping[str, Tensor | None] | None = None, **tensors
 
     Those in `optional` may be None.
     """
+    if optional is not None:
+        tensors |= {name: x for name, x in optional.items() if x is not None}
+    if plain(tensors.values()):
+        return
     device: torch.device | None = None
     first = ""
-    given = {name: x for name, x in (optional or {}).items() if x is not None}
-    for name, x in (tensors | given).items():
+    for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.layout != torch.strided or x.is_nested:
@@ -76,6 +105,8 @@ def check_accumulator(name: str, x: Tensor, *operands: Tensor | None) -> None:
         raise TypeError(f"{name} must be float64 for float64 operands, got {x.dtype}")
     if not torch.compiler.is_compiling() and x.is_neg():
         raise ValueError(f"{name} must own its memory, got a negated view; pass {name}.resolve_neg()")
+    if x.is_contiguous():
+        return
     reach = 1  # every index needs an address of its own
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and x.numel() > 0:
@@ -84,10 +115,10 @@ def check_accumulator(name: str, x: Tensor, *operands: Tensor | None) -> None:
             reach += stride * (size - 1)
 
 
-def check_shape(name: str, x: Tensor | None, letters: str, shape: Sequence[int]) -> None:
+def check_shape(name: str, x: Tensor | None, letters: str, shape: tuple[int, ...]) -> None:
     """`letters` is how the documentation writes the shape, for the error message."""
-    if x is not None and tuple(x.shape) != tuple(shape):
-        raise ValueError(f"{name} must be {letters} = {tuple(shape)}, got {shape_of(x)}")
+    if x is not None and x.shape != shape:
+        raise ValueError(f"{name} must be {letters} = {shape}, got {shape_of(x)}")
 
 
 def check_mask(name: str, mask: Tensor | None, x: Tensor) -> None:
@@ -99,9 +130,8 @@ def check_mask(name: str, mask: Tensor | None, x: Tensor) -> None:
         raise TypeError(f"{name} must be bool, True at real positions, got {mask.dtype}")
     if mask.layout != torch.strided or mask.device != x.device:
         raise ValueError(f"{name} must be a dense tensor on {x.device}, got {mask.layout} on {mask.device}")
-    expected = tuple(x.shape[:-1])
-    if tuple(mask.shape) != expected:
-        raise ValueError(f"{name} must be (N,T) = {expected}, got {shape_of(mask)}")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(f"{name} must be (N,T) = {tuple(x.shape[:-1])}, got {shape_of(mask)}")
 
 
 def as_tokens(name: str, x: Tensor) -> Tensor:
@@ -122,13 +152,13 @@ def check_pair(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`a` (N,T,I), `delta` (N,T,O) and `mask` (N,T) of the same positions, as three-dimensional views."""
     tokens_a = as_tokens("a" + suffix, a)
-    if delta.dim() != a.dim() or delta.shape[:-1] != a.shape[:-1]:
+    if delta.shape[:-1] != a.shape[:-1]:
         N, T, _ = tokens_a.shape
         raise ValueError(
             f"delta{suffix} must be (N,T,O) with N={N}, T={T} as in a{suffix} {shape_of(a)}, got {shape_of(delta)}"
         )
     check_mask("mask" + suffix, mask, a)
-    return tokens_a, as_tokens("delta" + suffix, delta), as_token_mask(mask)
+    return tokens_a, delta if tokens_a is a else delta.unsqueeze(1), as_token_mask(mask)
 
 
 def features(a: Tensor, bias: bool) -> int:

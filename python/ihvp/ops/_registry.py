@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from ihvp.ops import _gpu
 
 IMPLEMENTATIONS = ("reference", "native", "triton", "cuda")
 GPU = ("triton", "cuda")
+REMEMBERED = 4096  # choices of an order; a loader of texts brings a new length with every batch
 DEVICES = {"reference": ("cpu", "cuda"), "native": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 
 _library = torch.library.Library("ihvp", "DEF")
@@ -124,11 +126,12 @@ class Op:
     fake: Callable[..., Any]
     candidates: Callable[..., Sequence[Candidate]] | None = None
     _overload: list[Any] = field(default_factory=list)
+    _best: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _library.define(self.name + self.schema)
-        for key in ("CPU", "CUDA"):
-            _library.impl(self.name, self._run, key)
+        _library.impl(self.name, self._run_on_cpu, "CPU")
+        _library.impl(self.name, self._run, "CUDA")
         torch.library.register_fake(f"ihvp::{self.name}", self.fake, lib=_library)
         self._overload.append(getattr(torch.ops.ihvp, self.name).default)
         _ops[self.name] = self
@@ -141,6 +144,14 @@ class Op:
     def _run(self, *args: Any) -> Any:
         name, _ = self._choose(args)
         return self.implementations[name](*args)
+
+    def _run_on_cpu(self, *args: Any) -> Any:
+        """Where nothing is forced there is nothing to choose."""
+        return self._run(*args) if _forced else self.implementations[self._default](*args)
+
+    @functools.cached_property
+    def _default(self) -> str:
+        return "native" if "native" in self.implementations else "reference"
 
     def _choose(self, args: tuple[Any, ...]) -> tuple[str, str]:
         device = next(_tensors(args)).device
@@ -161,8 +172,7 @@ class Op:
             return name, "forced by ihvp.use"
         if device.type == "cuda":
             return self._choose_on_gpu(_gpu.device_class(device), present, self._wide(args))
-        name = "native" if "native" in present else "reference"
-        return name, f"of {', '.join(present)} on {device.type}"
+        return self._default, f"of {', '.join(present)} on {device.type}"
 
     def _choose_on_gpu(self, kind: str, present: Sequence[str], wide: bool) -> tuple[str, str]:
         """The fastest of what is proven on this device class; the reference where nothing is, and for float64."""
@@ -180,10 +190,19 @@ class Op:
         return any(x.dtype == torch.float64 for x in _tensors(operands))
 
     def best(self, *args: Any) -> str:
-        """The order with the least predicted time; the first of equals."""
-        assert self.candidates is not None
-        candidates, seconds = self._costs(*args)
-        return candidates[min(range(len(candidates)), key=seconds.__getitem__)].order
+        """The order with the least predicted time; the first of equals.
+
+        It is remembered by all that the costs depend on, for predicting takes longer than a small call.
+        """
+        key = (torch.get_num_threads(), *[(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in args])
+        order = self._best.get(key)
+        if order is None:
+            candidates, seconds = self._costs(*args)
+            order = candidates[min(range(len(candidates)), key=seconds.__getitem__)].order
+            if len(self._best) >= REMEMBERED:
+                self._best.clear()
+            self._best[key] = order
+        return order
 
     def _costs(self, *args: Any) -> tuple[tuple[Candidate, ...], tuple[float, ...]]:
         candidates = tuple(self.candidates(*args)) if self.candidates else ()

@@ -45,7 +45,7 @@ def eigenbasis_project(x: Tensor, U: Tensor, *, mask: Tensor | None = None, bias
     d = features(x, bias)
     check_shape("U", U, "(I',I')", (d, d))
     out: Tensor = _op(tokens, U, as_token_mask(mask), bias)
-    return out.view(*x.shape[:-1], d)
+    return out.squeeze(1) if x.dim() == 2 else out
 
 
 def reference(x: Tensor, U: Tensor, mask: Tensor | None, bias: bool) -> Tensor:

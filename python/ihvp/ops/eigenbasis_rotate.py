@@ -34,7 +34,7 @@ def eigenbasis_rotate(V: Tensor, U_A: Tensor, U_G: Tensor, *, inverse: bool = Fa
     check_shape("U_A", U_A, "(I',I')", (I, I))
     check_shape("U_G", U_G, "(O,O)", (O, O))
     out: Tensor = _op(V if V.dim() == 3 else V.unsqueeze(0), U_A, U_G, inverse)
-    return out.view(V.shape)
+    return out.squeeze(0) if V.dim() == 2 else out
 
 
 def reference(V: Tensor, U_A: Tensor, U_G: Tensor, inverse: bool) -> Tensor:
@@ -44,7 +44,7 @@ def reference(V: Tensor, U_A: Tensor, U_G: Tensor, inverse: bool) -> Tensor:
 
 
 def fake(V: Tensor, U_A: Tensor, U_G: Tensor, inverse: bool) -> Tensor:
-    return V.new_empty(V.shape, dtype=compute_dtype(V, U_A, U_G))
+    return V.new_empty(*V.shape, dtype=compute_dtype(V, U_A, U_G))
 
 
 def native(V: Tensor, U_A: Tensor, U_G: Tensor, inverse: bool) -> Tensor:

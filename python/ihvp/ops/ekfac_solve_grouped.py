@@ -11,6 +11,7 @@ from ihvp.ops._arguments import check_number, check_shape, compute_dtype, shape_
 from ihvp.ops._gpu import cuda, triton
 from ihvp.ops._registry import Op
 from ihvp.ops.ekfac_solve import ekfac_solve
+from ihvp.ops.ekfac_solve import native as solve
 from ihvp.ops.gradient_dot_grouped import check_group
 
 
@@ -83,9 +84,25 @@ def fake(
     return [torch.empty(x.shape, dtype=dtype, device=x.device) for x in V]
 
 
+def native(
+    V: Sequence[Tensor],
+    U_A: Sequence[Tensor],
+    U_G: Sequence[Tensor],
+    Lambda: Sequence[Tensor],
+    damping: Sequence[float],
+) -> list[Tensor]:
+    layers = zip(V, U_A, U_G, Lambda, damping, strict=True)
+    return [solve(v, A, G, values, [shift]).squeeze(0) for v, A, G, values, shift in layers]
+
+
 _op = Op(
     "ekfac_solve_grouped",
     "(Tensor[] V, Tensor[] U_A, Tensor[] U_G, Tensor[] Lambda, float[] damping) -> Tensor[]",
-    {"reference": reference, "triton": triton("ekfac_solve_grouped"), "cuda": cuda("ekfac_solve_grouped")},
+    {
+        "reference": reference,
+        "native": native,
+        "triton": triton("ekfac_solve_grouped"),
+        "cuda": cuda("ekfac_solve_grouped"),
+    },
     fake=fake,
 )

@@ -74,7 +74,7 @@ def reference(P: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: bo
 
 def fake(P: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool, per_token: bool) -> Tensor:
     shape = (P.shape[0], *a.shape[:2]) if per_token else (P.shape[0], a.shape[0])
-    return P.new_empty(shape, dtype=compute_dtype(P, a, delta))
+    return P.new_empty(*shape, dtype=compute_dtype(P, a, delta))
 
 
 def candidates(

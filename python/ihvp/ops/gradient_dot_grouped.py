@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ihvp import _native
 from ihvp.ops._arguments import (
@@ -17,6 +17,7 @@ from ihvp.ops._arguments import (
     check_tensors,
     compute_dtype,
     features,
+    plain,
 )
 from ihvp.ops._gpu import cuda, triton
 from ihvp.ops._registry import Op
@@ -87,8 +88,7 @@ def check_group(**lists: Sequence[Tensor]) -> None:
     for name, tensors in lists.items():
         if isinstance(tensors, Tensor) or len(tensors) != len(members):
             raise ValueError(f"{name} must be a list of {len(members)} tensors as {first} is, got {len(tensors)}")
-    check_tensors(None, **{f"{name}[0]": tensors[0] for name, tensors in lists.items()})
-    if all(_alike(tensors) for tensors in lists.values()):
+    if plain(chain.from_iterable(lists.values())) and all(_alike(tensors) for tensors in lists.values()):
         return
     named = {f"{name}[{layer}]": x for name, tensors in lists.items() for layer, x in enumerate(tensors)}
     check_tensors(None, **named)
@@ -99,20 +99,7 @@ def check_group(**lists: Sequence[Tensor]) -> None:
 
 
 def _alike(tensors: Sequence[Tensor]) -> bool:
-    """A quick look whether all are plain tensors as the first is; when not, each is looked at and named."""
-    first = tensors[0]
-    kind, device = first.dtype, first.device
-    if forward_ad._current_level >= 0:
-        return False
-    return all(
-        isinstance(x, Tensor)
-        and x.dtype == kind
-        and x.device == device
-        and x.layout == torch.strided
-        and not x.requires_grad
-        and not x.is_nested
-        for x in tensors
-    )
+    return len({x.dtype for x in tensors}) == 1
 
 
 def reference(
@@ -125,7 +112,7 @@ def reference(
 
 
 def fake(P: Sequence[Tensor], a: Sequence[Tensor], delta: Sequence[Tensor], mask: Tensor | None, bias: bool) -> Tensor:
-    return P[0].new_empty(P[0].shape[0], a[0].shape[0], dtype=compute_dtype(*P, *a, *delta))
+    return P[0].new_empty(P[0].shape[0], a[0].shape[0], dtype=compute_dtype(P[0], a[0], delta[0]))
 
 
 def native(P: list[Tensor], a: list[Tensor], delta: list[Tensor], mask: Tensor | None, bias: bool) -> Tensor:

@@ -84,7 +84,7 @@ def reference(
 
 def fake(L: Tensor, R: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool, per_token: bool) -> Tensor:
     shape = (L.shape[0], *a.shape[:2]) if per_token else (L.shape[0], a.shape[0])
-    return L.new_empty(shape, dtype=compute_dtype(L, R, a, delta))
+    return L.new_empty(*shape, dtype=compute_dtype(L, R, a, delta))
 
 
 def candidates(

@@ -33,7 +33,7 @@ def kfac_solve(V: Tensor, L_A: Tensor, L_G: Tensor) -> Tensor:
     check_shape("L_A", L_A, "(I',I')", (I, I))
     check_shape("L_G", L_G, "(O,O)", (O, O))
     out: Tensor = _op(V if V.dim() == 3 else V.unsqueeze(0), L_A, L_G)
-    return out.view(V.shape)
+    return out.squeeze(0) if V.dim() == 2 else out
 
 
 def reference(V: Tensor, L_A: Tensor, L_G: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def reference(V: Tensor, L_A: Tensor, L_G: Tensor) -> Tensor:
 
 
 def fake(V: Tensor, L_A: Tensor, L_G: Tensor) -> Tensor:
-    return V.new_empty(V.shape, dtype=compute_dtype(V, L_A, L_G))
+    return V.new_empty(*V.shape, dtype=compute_dtype(V, L_A, L_G))
 
 
 def native(V: Tensor, L_A: Tensor, L_G: Tensor) -> Tensor:
