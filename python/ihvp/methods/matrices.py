@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ihvp import ops
-from ihvp.batch import Batch
+from ihvp.batch import Batch, all_finite
 from ihvp.methods.base import Vectors, gradients
 from ihvp.methods.blocks import take
 from ihvp.methods.layer_hessian import LayerHessians, layer_derivatives
@@ -62,7 +62,7 @@ def gauss_newton_sum(totals: Totals, model: InfluenceModel, parameters: dict[str
             with differentiating(model):
                 outputs, pull_back = linearise_outputs(parameters[block], batch)
                 H = _output_hessians(model, batch, outputs)
-            if not bool(H.isfinite().all()):
+            if not all_finite(H):
                 raise FloatingPointError(f"the gauss_newton of batch {index} is not finite")
             values, U = torch.linalg.eigh(H)
             N, K = values.shape

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ihvp.batch import Batch
+from ihvp.batch import Batch, all_finite
 from ihvp.capture import untouched
 from ihvp.methods.base import batches
 from ihvp.methods.blocks import Block, apart, block_size, columns
@@ -255,7 +255,7 @@ def _batched(f: Callable[[Leaves], Leaves], nbytes: int, parameters: Parameters)
 
 
 def _check_finite(x: Tensor, what: str, index: int) -> None:
-    if not bool(x.sum().isfinite()) and not bool(x.isfinite().all()):
+    if not all_finite(x):
         raise FloatingPointError(f"the {what} of batch {index} is not finite")
 
 
