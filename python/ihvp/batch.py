@@ -90,7 +90,7 @@ def as_batch(raw: Any) -> Batch:
 
 def all_finite(x: Tensor) -> bool:
     """The sum is a cheap first look; it may also overflow."""
-    return math.isfinite(float(x.sum())) or bool(x.isfinite().all())
+    return math.isfinite(float(x.detach().sum())) or bool(x.isfinite().all())
 
 
 def tensors(x: Any) -> Iterator[Tensor]:

@@ -172,7 +172,7 @@ def _run(
         losses = model.losses(outputs, batch, targets, measurement)
         state.check()
         total = losses.sum()
-        if not math.isfinite(float(total)):
+        if not math.isfinite(float(total.detach())):
             bad = (~losses.detach().isfinite()).nonzero().flatten().tolist()
             raise FloatingPointError(f"the loss of batch {index} is not finite at examples {bad[:10]}")
         if not total.requires_grad:

@@ -58,7 +58,9 @@ def nystroem_sketch(product: Product, p: int, rank: int, seed: int, model: Influ
     """(U (p,r), Lambda (r,)) of (F Omega) (Omega^T F Omega)^+ (F Omega)^T, which depends on Omega's range alone.
 
     Omega is a normal random matrix in the net's dtype, as the products are. Its columns are made orthonormal where they
-    are not nearly so: (p,r) with r <= p/4 has a condition of at most 3. With Omega^T F Omega = W diag(s) W^T it is B diag(sign s) B^T, B = F Omega W / sqrt(|s|), and U comes of B's QR
+    are not nearly so: (p,r) with r <= p/4 has a condition of about 3 at most.
+
+    With Omega^T F Omega = W diag(s) W^T it is B diag(sign s) B^T, B = F Omega W / sqrt(|s|), and U comes of B's QR
     decomposition. Values s that are zero to the products' rounding are left out.
     """
     generator = torch.Generator().manual_seed(seed)
