@@ -25,7 +25,7 @@ from ihvp.model import InfluenceModel
 
 CURVATURES = ("hessian", "gauss_newton", "fisher")
 KEPT_BYTES = 2**30  # of linearised batches
-CHUNK, CHUNK_BYTES = 64, 2**25  # directions differentiated at once, and what their intermediate results may take
+CHUNK, CHUNK_BYTES = 64, 2**27  # directions differentiated at once, and what their intermediate results may take
 PROBES = 32
 
 Product = Callable[[Tensor], Tensor]
