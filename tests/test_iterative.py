@@ -32,6 +32,7 @@ from ihvp import (
     NystroemPreconditioner,
 )
 from ihvp.methods.blocks import make_blocks, take
+from ihvp.methods.nystroem import nystroem_sketch
 from ihvp.methods.products import CurvatureProducts
 from nets import (
     F32,
@@ -450,6 +451,16 @@ def test_zero_equal_and_no_right_hand_sides(krylov: str, trained: Trained) -> No
     assert own.solve(W, [])["0"].shape[:2] == (0, 9)
 
 
+@pytest.mark.parametrize("distance", [1e-3, 1e-7, 1e-12])
+def test_right_hand_sides_that_nearly_depend_on_each_other(distance: float, trained: Trained) -> None:
+    data, model = trained
+    V = random_vectors(model)
+    V = {name: v[:1] + distance * v for name, v in V.items()}
+    own = CgIHVP(model, [data.train], DAMPING, rtol=1e-8, krylov="shared")
+    F = CURVATURES["hessian"](model, data.train)
+    assert_near(flat(own.solve(V)), dense(F, flat(V)), SOLVERS["block cg"][1])
+
+
 def test_residuals_are_those_of_the_solutions(trained: Trained) -> None:
     data, model = trained
     H, V = hessian(model, data.train), random_vectors(model)
@@ -592,6 +603,18 @@ def test_nystroem_is_its_formula(curvature: str, trained: Trained) -> None:
     assert_near(flat(own.multiply(V)), flat(V) @ sketch, 1e-8)
     assert_near(flat(own.solve(V)), dense(sketch, flat(V)), 1e-6)
     assert len(own.evals["full"]) == 12
+
+
+@pytest.mark.parametrize("rank", [10, 40])
+def test_a_sketch_with_the_rank_of_the_matrix_is_the_matrix(rank: int, trained: Trained) -> None:
+    """Of 60 columns: a tall sketch takes its random matrix as drawn, a wide one makes it orthonormal."""
+    generator = torch.Generator().manual_seed(1)
+    L = torch.randn(60, rank, dtype=F64, generator=generator)
+    F = L * torch.where(torch.arange(rank) % 3 == 0, -1.0, 1.0) @ L.T
+    U, values = nystroem_sketch(lambda v: v @ F, 60, rank, 0, trained[1])
+    assert U.shape == (60, rank)
+    assert_near(U.T @ U, torch.eye(rank, dtype=F64), 1e-12)
+    assert_near(U * values @ U.T, F, 1e-8)  # loses the condition of Omega^T F Omega, about 1e4
 
 
 @pytest.mark.parametrize("make", [ArnoldiIHVP, NystroemIHVP])

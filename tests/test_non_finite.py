@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ihvp import ExactIHVP, FirstOrderInfluenceCalculator
+from ihvp.batch import all_finite
 from method_cases import FITTED
 from nets import METHODS, cross_entropy
 from sound_problem import N, check, model, x, y
@@ -76,3 +77,11 @@ def test_a_gradient_that_is_not_finite_names_the_layer_and_the_batch(
         "compute_hvp": lambda: curvature.compute_hvp([good, bad]),
     }
     check(calls[how], FloatingPointError, r"layer '[02]', batch 1: .* is not finite")
+
+
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan"), None])
+def test_a_sum_that_overflows_is_not_a_number_that_is_not_finite(bad: float | None) -> None:
+    x = torch.full((5, 3), torch.finfo(torch.float32).max, requires_grad=True)
+    if bad is not None:
+        x.data[4, 1] = bad
+    assert all_finite(x) == (bad is None)

@@ -186,3 +186,15 @@ def test_changed_regularization_of_ekfac() -> None:
         assert influence.hessian_regularization == value
         for layer, own in influence.influences_by_layer(*TEST).items():
             assert_near(explored[value][layer], own)
+
+
+def test_ekfac_runs_the_net_once_for_both_passes_of_a_fit_and_keeps_nothing() -> None:
+    own, runs = net(), []
+    own.register_forward_hook(lambda *_: runs.append(1))
+    influence = pydvl_api.EkfacInfluence(own, True, hessian_regularization=0.1).fit(loader())
+    assert len(runs) == len(loader())
+    cache = influence._curved.cache
+    assert cache is not None and cache.used == 0
+    with pytest.raises(ValueError, match="yielded no batch"):
+        influence.fit([])
+    assert cache.used == 0 and influence.is_fitted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -85,6 +86,11 @@ def as_batch(raw: Any) -> Batch:
     if isinstance(inputs, Mapping):
         return Batch(kwargs=inputs, targets=targets)
     return Batch(args=tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), targets=targets)
+
+
+def all_finite(x: Tensor) -> bool:
+    """The sum is a cheap first look; it may also overflow."""
+    return math.isfinite(float(x.detach().sum())) or bool(x.isfinite().all())
 
 
 def tensors(x: Any) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ to. What lies before those layers is not part of the graph. Whatever happens, th
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ihvp.batch import Batch
+from ihvp.batch import Batch, all_finite
 from ihvp.cache import TokenCache, Tokens
 from ihvp.model import InfluenceModel, Layer, LossFn
 
@@ -171,7 +172,7 @@ def _run(
         losses = model.losses(outputs, batch, targets, measurement)
         state.check()
         total = losses.sum()
-        if not bool(total.isfinite()):
+        if not math.isfinite(float(total.detach())):
             bad = (~losses.detach().isfinite()).nonzero().flatten().tolist()
             raise FloatingPointError(f"the loss of batch {index} is not finite at examples {bad[:10]}")
         if not total.requires_grad:
@@ -249,8 +250,7 @@ class _Capture:
             mask = torch.cat([w if m is None else m for m, w in zip(masks, whole, strict=True)], dim=1)
         joined_a, joined_delta = (x[0] if len(x) == 1 else torch.cat(x, dim=1) for x in (a, delta))
         for what, x in (("input", joined_a), ("output gradient", joined_delta)):
-            # The sum is a cheap first look; it may also overflow, or see what lies under the mask.
-            if not bool(x.sum().isfinite()) and not bool((x if mask is None else x[mask]).isfinite().all()):
+            if not all_finite(x) and (mask is None or not all_finite(x[mask])):
                 raise FloatingPointError(f"layer {layer.name!r}, batch {self.index}: the {what} is not finite")
         self.sink(layer, joined_a, joined_delta, mask)
 

@@ -125,13 +125,17 @@ class InfluenceModel:
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.weights.values())).device
+        return next(self._parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of factors and scores: float64 for a float64 model, float32 otherwise."""
-        wide = any(p.dtype == torch.float64 for p in self.weights.values())
+        wide = any(p.dtype == torch.float64 for p in self._parameters())
         return torch.float64 if wide else torch.float32
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        for layer in self.layers.values():
+            yield from layer.modules[0].parameters(recurse=False)
 
     def batch(self, raw: Any) -> Batch:
         """What a loader yields, as a Batch on the model's device."""

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ihvp import ops
-from ihvp.batch import Batch
+from ihvp.batch import Batch, all_finite
 from ihvp.capture import capture
 from ihvp.methods.blocks import Block, BlockStructure, make_blocks
 from ihvp.methods.damping import Damping, check_damping
@@ -297,7 +297,7 @@ def concatenate(parts: Sequence[Vectors]) -> Vectors:
 
 def check_finite(layer: Layer, index: int, **values: Tensor) -> None:
     for what, x in values.items():
-        if not bool(x.isfinite().all()):
+        if not all_finite(x):
             raise FloatingPointError(f"layer {layer.name!r}, batch {index}: {what.replace('_', ' ')} is not finite")
 
 

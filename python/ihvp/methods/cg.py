@@ -217,11 +217,11 @@ def block_cg(
     p = _orthonormal(r if precondition is None else precondition(r))
     steps, lowest = 0, math.inf
     while True:
-        residuals = (r * scale).norm(dim=1)
+        residuals = r.norm(dim=1) * scale[:, 0]
         if steps == maxiter or len(p) == 0 or bool((residuals <= threshold).all()):
             return (x * scale).unsqueeze(0), residuals.unsqueeze(0), steps, lowest
         steps += 1
-        image = product(p) + shift * p
+        image = product(p).add_(p, alpha=shift)
         gram = p @ image.T
         gram = (gram + gram.T) / 2
         values, vectors = torch.linalg.eigh(gram)
@@ -231,21 +231,24 @@ def block_cg(
             continue
         inverse = (vectors / values) @ vectors.T
         alpha = r @ p.T @ inverse
-        x = x + alpha @ p
-        r = r - alpha @ image
+        x.addmm_(alpha, p)
+        r.addmm_(alpha, image, alpha=-1)
         z = r if precondition is None else precondition(r)
-        p = _orthonormal(z - z @ image.T @ inverse @ p)
+        p = _orthonormal(torch.addmm(z, z @ image.T @ inverse, p, alpha=-1))
 
 
 def _orthonormal(rows: Tensor) -> Tensor:
-    """An orthonormal basis of the rows' span, dependent ones left out: by the eigenvectors of the Gram matrix.
+    """A basis of the rows' span, orthonormal to 1e-6, dependent ones left out: by eigenvectors of the Gram matrix.
 
-    That squares the rows' condition, so the second pass makes orthonormal what rounding left of the first.
+    That squares the rows' condition. Where it is large, a second pass makes orthonormal what rounding left.
     """
     norms = rows.norm(dim=1, keepdim=True)
     basis = rows / torch.where(norms == 0, 1.0, norms)
+    eps = torch.finfo(rows.dtype).eps
     for _ in range(2):
         values, vectors = torch.linalg.eigh(basis @ basis.T)
-        kept = values > len(rows) * torch.finfo(rows.dtype).eps * values[-1:].clamp_min(1e-300)
+        kept = values > len(rows) * eps * values[-1:].clamp_min(1e-300)
         basis = (vectors[:, kept] / values[kept].sqrt()).T @ basis
+        if bool((values[kept] * 1e-6 > len(rows) * eps * values[-1:]).all()):
+            break
     return basis

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ihvp.batch import all_finite
 from ihvp.methods.base import batches, read_state
 from ihvp.methods.blocks import BlockStructure
 from ihvp.methods.damping import Damping
@@ -96,7 +97,7 @@ class ExactIHVP(FlatIHVP):
                 with torch.inference_mode(False):
                     add(batch.outside_inference(), index)
                 for block, total in totals.items():
-                    if not bool(total.diagonal().sum().isfinite()):
+                    if not math.isfinite(float(total.diagonal().sum())):
                         raise FloatingPointError(
                             f"block {block!r}: the {self.curvature} of batch {index} is not finite"
                         )
@@ -107,7 +108,7 @@ class ExactIHVP(FlatIHVP):
     def _take(self, matrices: dict[str, Tensor], scale: float) -> None:
         """Own the float64 matrices, made symmetric and multiplied by `scale` in place."""
         for block, M in matrices.items():
-            if not bool(_symmetrise_(M, scale).sum().isfinite()):
+            if not math.isfinite(float(_symmetrise_(M, scale).sum())):
                 raise FloatingPointError(f"block {block!r}: the {self.curvature} is not finite")
         self._matrices = matrices
         self._eigen, self._factors = {}, {}
@@ -250,7 +251,7 @@ def _spectral_norm(apply: Callable[[Tensor], Tensor], like: Tensor, steps: int) 
     for _ in range(steps):
         basis = torch.linalg.qr(rows.T).Q
         rows = apply(basis.T)
-        if not bool(rows.isfinite().all()):
+        if not all_finite(rows):
             return float("inf")
         norm = float(torch.linalg.matrix_norm(rows, 2))
     return norm

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ihvp import ops
+from ihvp.batch import all_finite
 from ihvp.capture import capture
 from ihvp.methods.base import LayerwiseIHVP, batches, check_finite, check_reached
 from ihvp.methods.damping import Damping
@@ -160,7 +161,7 @@ def symmetric_eigen(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
 def symmetric_part(matrix: Tensor, what: str) -> Tensor:
     """(M + M^T) / 2 in float64. Raises FloatingPointError when M is not finite."""
     matrix = matrix.double()
-    if not bool(matrix.isfinite().all()):
+    if not all_finite(matrix):
         raise FloatingPointError(f"{what} is not finite")
     return (matrix + matrix.T) / 2
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ihvp.batch import Batch
+from ihvp.batch import Batch, all_finite
 from ihvp.capture import replaced_outputs, untouched
 from ihvp.layers import LINEAR
 from ihvp.methods.blocks import Block
@@ -128,7 +128,7 @@ def _derivatives(seen: list[tuple[Layer, Tensor, Tensor]], delta: Iterable[Tenso
         for k, moved in enumerate(_pulled(x, z[:l])):
             found.motion[names[k], layer.name] = torch.nn.functional.pad(moved, (0, int(layer.bias)))
     for x in itertools.chain(found.a.values(), found.delta.values(), found.curvature.values(), found.motion.values()):
-        if not bool(x.sum().isfinite()) and not bool(x.isfinite().all()):
+        if not all_finite(x):
             raise FloatingPointError(f"the hessian of batch {index} is not finite")
     return found
 

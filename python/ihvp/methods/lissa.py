@@ -67,7 +67,8 @@ class LissaIHVP(IterativeIHVP):
             steps += 1
             whole = len(at) == len(b)
             own, own_b, own_shift = (h, b, shift) if whole else (h[at], b[at], shift[at])
-            change = self.products(block, own).addcmul_(own_shift, own).mul_(-1 / self.scale).add_(own_b)
+            change = self.products(block, own).addcmul_(own_shift, own)
+            change = torch.sub(own_b, change, alpha=1 / self.scale, out=change)
             if self.dampen > 0:
                 change.sub_(own, alpha=self.dampen)
             if whole:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ihvp import ops
-from ihvp.batch import Batch
+from ihvp.batch import Batch, all_finite
 from ihvp.methods.base import Vectors, gradients
 from ihvp.methods.blocks import take
 from ihvp.methods.layer_hessian import LayerHessians, layer_derivatives
@@ -44,7 +44,7 @@ def hessian_sum(totals: Totals, model: InfluenceModel, parameters: dict[str, Par
             with torch.no_grad():
                 for start in range(0, len(total), 4 * CHUNK):
                     rows = torch.arange(start, min(start + 4 * CHUNK, len(total)), device=total.device)
-                    total[rows[0] : rows[-1] + 1] += product(torch.nn.functional.one_hot(rows, len(total)))
+                    product(torch.nn.functional.one_hot(rows, len(total)), total[rows[0] : rows[-1] + 1])
 
     yield add
     layered.flush()
@@ -62,7 +62,7 @@ def gauss_newton_sum(totals: Totals, model: InfluenceModel, parameters: dict[str
             with differentiating(model):
                 outputs, pull_back = linearise_outputs(parameters[block], batch)
                 H = _output_hessians(model, batch, outputs)
-            if not bool(H.isfinite().all()):
+            if not all_finite(H):
                 raise FloatingPointError(f"the gauss_newton of batch {index} is not finite")
             values, U = torch.linalg.eigh(H)
             N, K = values.shape
@@ -76,7 +76,8 @@ def gauss_newton_sum(totals: Totals, model: InfluenceModel, parameters: dict[str
                     weighted = (U[at] * roots[at].unsqueeze(1)).mT.to(outputs.dtype)
                     seeds[torch.arange(len(weighted)), :, torch.arange(n, n + len(weighted))] = weighted
                     pulled = torch.vmap(pull_back, randomness="same")(seeds.view(-1, *outputs.shape))
-                    J = parameters[block].together(pulled).to(model.dtype)
+                    J = total.new_zeros(len(weighted) * K, len(total), dtype=model.dtype)
+                    parameters[block].add(J, pulled)
                     negative = (values[at] < 0).flatten() & (roots[at] > 0).flatten()
                     ops.covariance_update_(total, J[~negative])
                     if bool(negative.any()):

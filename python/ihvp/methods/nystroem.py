@@ -55,14 +55,17 @@ class NystroemIHVP(LowRankIHVP):
 
 
 def nystroem_sketch(product: Product, p: int, rank: int, seed: int, model: InfluenceModel) -> tuple[Tensor, Tensor]:
-    """(U (p,r), Lambda (r,)) of (F Omega) (Omega^T F Omega)^+ (F Omega)^T; Omega (p,r) has orthonormal columns.
+    """(U (p,r), Lambda (r,)) of (F Omega) (Omega^T F Omega)^+ (F Omega)^T, which depends on Omega's range alone.
+
+    Omega is a normal random matrix in the net's dtype, as the products are. Its columns are made orthonormal where they
+    are not nearly so: (p,r) with r <= p/4 has a condition of about 3 at most.
 
     With Omega^T F Omega = W diag(s) W^T it is B diag(sign s) B^T, B = F Omega W / sqrt(|s|), and U comes of B's QR
     decomposition. Values s that are zero to the products' rounding are left out.
     """
     generator = torch.Generator().manual_seed(seed)
-    Omega = torch.randn(p, min(rank, p), dtype=torch.float64, generator=generator).to(model.device)
-    Omega = torch.linalg.qr(Omega).Q
+    Omega = torch.randn(p, min(rank, p), dtype=model.dtype, generator=generator).to(model.device)
+    Omega = (Omega / p**0.5 if 4 * rank <= p else torch.linalg.qr(Omega).Q).double()
     Y = product(Omega.T).T
     core = Omega.T @ Y
     s, W = torch.linalg.eigh((core + core.T) / 2)

@@ -7,6 +7,7 @@ the maps of all batches fit into memory they are kept, and later products touch 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ihvp.batch import Batch
+from ihvp.batch import Batch, all_finite
 from ihvp.capture import untouched
 from ihvp.methods.base import batches
 from ihvp.methods.blocks import Block, apart, block_size, columns
@@ -24,11 +25,13 @@ from ihvp.model import InfluenceModel
 
 CURVATURES = ("hessian", "gauss_newton", "fisher")
 KEPT_BYTES = 2**30  # of linearised batches
-CHUNK, CHUNK_BYTES = 64, 2**25  # directions differentiated at once, and what their intermediate results may take
+CHUNK, CHUNK_BYTES = 64, 2**27  # directions differentiated at once, and what their intermediate results may take
 PROBES = 32
 
 Product = Callable[[Tensor], Tensor]
-"""(Q,p_b) -> (Q,p_b) in float64: each row times the sum of a batch's curvatures."""
+"""(Q,p_b) -> (Q,p_b) in float64: each row times a curvature."""
+BatchProduct = Callable[[Tensor, Tensor], None]
+"""Adds to its second argument (Q,p_b), in float64, each row of its first times the sum of a batch's curvatures."""
 
 
 class CurvatureProducts:
@@ -53,7 +56,7 @@ class CurvatureProducts:
         check_curvature(curvature)
         self.model, self.loader, self.curvature, self.blocks = model, loader, curvature, blocks
         self.parameters = {block: Parameters(model, own) for block, own in blocks.items()}
-        self._kept: list[dict[str, Product]] | None = []
+        self._kept: list[dict[str, BatchProduct]] | None = []
         self._means: dict[str, float] = {}
         self.examples = 0
         nbytes = 0
@@ -69,17 +72,14 @@ class CurvatureProducts:
         """(Q,p_b) in float64: each row times the mean curvature of the block, by one pass over the data."""
         passed = self._kept if self._kept is not None else (products for products, _, _ in self._pass([block]))
         with torch.inference_mode(False), torch.no_grad():
-            v = v.clone() if v.is_inference() else v
-            total: Tensor | None = None
+            total = torch.zeros_like(v, dtype=torch.float64)
+            v = v.to(self.model.dtype, copy=v.is_inference())
             for index, products in enumerate(passed):
-                part = products[block](v)
-                if not bool(part.sum().isfinite()):
+                products[block](v, total)
+                if not math.isfinite(float(total.sum())):
                     raise FloatingPointError(
                         f"block {block!r}, batch {index}: the {self.curvature} product is not finite"
                     )
-                total = part if total is None else total.add_(part)
-        if total is None:
-            raise ValueError("the loader yielded no batch, though it did when the object was fitted")
         return total.div_(self.examples)
 
     def mean_eigenvalue(self, block: str) -> float:
@@ -95,7 +95,7 @@ class CurvatureProducts:
             self._means[block] = float((probes * self(block, probes)).sum()) / float(probes.square().sum())
         return self._means[block]
 
-    def _pass(self, blocks: list[str]) -> Iterable[tuple[dict[str, Product], int, int]]:
+    def _pass(self, blocks: list[str]) -> Iterable[tuple[dict[str, BatchProduct], int, int]]:
         """For each batch of the loader: its products by block, its examples, the bytes that they hold."""
         model, loader = self.model, self.loader
         if self.curvature == "fisher":
@@ -149,20 +149,17 @@ class Parameters:
             found |= layer.split(whole)
         return {key: found[key].to(p.dtype) for key, p in self.leaves.items()}
 
-    def together(self, x: Leaves) -> Tensor:
-        """(Q,*) of each parameter as (Q,p_b) in float64."""
-        Q = len(next(iter(x.values())))
-        parts = []
-        for name, at in self.block.items():
-            layer = self.model.layers[name]
-            own = {key: x.get(key) for key in layer.parameters()}
-            whole = {
-                key.removeprefix(f"{name}."): self.fixed[key].new_zeros(Q, *self.fixed[key].shape) if y is None else y
-                for key, y in own.items()
-            }
-            parts.append(layer.type.join(layer.modules[0], whole)[..., at].flatten(1))
-        result = torch.empty(Q, sum(part.shape[1] for part in parts), dtype=torch.float64, device=parts[0].device)
-        return torch.cat(parts, dim=1, out=result)
+    def add(self, total: Tensor, x: Leaves) -> None:
+        """total (Q,p_b) += (Q,*) of each parameter."""
+        for name, part in apart(self.model, self.block, total).items():
+            layer, at = self.model.layers[name], self.block[name]
+            O, I = layer.shape
+            whole = part if part.shape[-1] == I else part.new_zeros(len(total), O, I)
+            for key, place in layer.split(whole).items():
+                if key in x:
+                    place.add_(x[key])
+            if whole is not part:
+                part.add_(whole[..., at])
 
     def outputs(self, leaves: Leaves, batch: Batch) -> Any:
         """The net's outputs at `leaves`; its buffers are copies, for a linearised batch may outlive this pass."""
@@ -175,7 +172,9 @@ def _within(inner: slice, outer: slice) -> bool:
     return bool(outer.start <= inner.start and inner.stop <= outer.stop)
 
 
-def hessian_product(model: InfluenceModel, parameters: Parameters, batch: Batch, index: int) -> tuple[Product, int]:
+def hessian_product(
+    model: InfluenceModel, parameters: Parameters, batch: Batch, index: int
+) -> tuple[BatchProduct, int]:
     """sum_n of the Hessian of the loss, by reverse over reverse differentiation, and the bytes that it holds."""
 
     def loss(leaves: Leaves) -> Tensor:
@@ -190,7 +189,7 @@ def hessian_product(model: InfluenceModel, parameters: Parameters, batch: Batch,
 
 def gauss_newton_product(
     model: InfluenceModel, parameters: Parameters, batch: Batch, index: int
-) -> tuple[Product, int]:
+) -> tuple[BatchProduct, int]:
     """sum_n J_n^T H_n J_n; J is the transpose of the linear map u -> J^T u, so no forward mode is needed."""
 
     def loss(outputs: Tensor) -> Tensor:
@@ -204,13 +203,13 @@ def gauss_newton_product(
     return _batched(lambda v: pull_back(curve(push(v))), made.nbytes, parameters), made.nbytes
 
 
-def fisher_product(model: InfluenceModel, block: Block, tokens: Tokens) -> Product:
+def fisher_product(model: InfluenceModel, block: Block, tokens: Tokens) -> BatchProduct:
     """sum_n g_n <g_n, v>, from tokens."""
     own = within(tokens, block)
     dtype = next(iter(own.values()))[0].dtype
 
-    def product(v: Tensor) -> Tensor:
-        return gradient_sums(own, gradient_dots(own, apart(model, block, v.to(dtype)))).double()
+    def product(v: Tensor, total: Tensor) -> None:
+        total += gradient_sums(own, gradient_dots(own, apart(model, block, v.to(dtype))))
 
     return product
 
@@ -238,24 +237,21 @@ def linearise_outputs(parameters: Parameters, batch: Batch) -> tuple[Tensor, Cal
     return vjp(outputs, parameters.leaves)
 
 
-def _batched(f: Callable[[Leaves], Leaves], nbytes: int, parameters: Parameters) -> Product:
+def _batched(f: Callable[[Leaves], Leaves], nbytes: int, parameters: Parameters) -> BatchProduct:
     """Over the rows of v, as many at once as the intermediate results allow."""
     chunk = max(1, min(CHUNK, CHUNK_BYTES // max(1, nbytes)))
     rows = torch.vmap(f, randomness="same")
 
-    def product(v: Tensor) -> Tensor:
-        if len(v) == 0:
-            return v.double()
-        parts = [
-            parameters.together(rows(parameters.apart(part))) for part in v.to(parameters.model.dtype).split(chunk)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def product(v: Tensor, total: Tensor) -> None:
+        for part, place in zip(v.to(parameters.model.dtype).split(chunk), total.split(chunk), strict=True):
+            if len(part):
+                parameters.add(place, rows(parameters.apart(part)))
 
     return product
 
 
 def _check_finite(x: Tensor, what: str, index: int) -> None:
-    if not bool(x.sum().isfinite()) and not bool(x.isfinite().all()):
+    if not all_finite(x):
         raise FloatingPointError(f"the {what} of batch {index} is not finite")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ihvp import ops
-from ihvp.batch import Batch
+from ihvp.batch import Batch, all_finite
 from ihvp.cache import Tokens
 from ihvp.methods.base import check_finite
 from ihvp.methods.queries import DenseQueries, Queries, small_layers
@@ -80,7 +80,7 @@ class BatchScores(Generic[K]):
             P = [self.parts[key][layer.name].dense() for layer in layers]
             scores = ops.gradient_dot_grouped(P, a, delta, mask=masks[0], bias=layers[0].bias)
             total = self._totals[key] + scores
-            if bool(total.isfinite().all()):
+            if all_finite(total):
                 self._totals[key] = total
                 return
         for tokens in group:  # one by one, the layer at fault is named

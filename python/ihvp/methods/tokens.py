@@ -18,7 +18,7 @@ from ihvp.model import InfluenceModel, Layer
 Tokens = dict[str, tuple[Tensor, Tensor]]
 """Layer name -> x (N,T,I') with the bias feature written out, d (N,T,O), both zero where masked."""
 
-WORKSPACE = 2**23  # numbers
+WORKSPACE = 2**19  # numbers, which a cache holds
 
 
 def token_batches(
@@ -91,7 +91,7 @@ def gradient_sums(tokens: Tokens, c: Tensor) -> Tensor:
     result = []
     for x, d in tokens.values():
         (N, T, I), O = x.shape, d.shape[2]
-        rows_x, columns_d = x.reshape(N * T, I), d.reshape(N * T, O).T
+        rows_x, columns_d = x.reshape(N * T, I), d.reshape(N * T, O).T.contiguous()
         step = max(1, WORKSPACE // max(1, N * T * O))
         parts = [
             (weights.repeat_interleave(T, 1).unsqueeze(1) * columns_d).flatten(0, 1) @ rows_x

@@ -15,6 +15,8 @@ from ihvp.adapters.pydvl_api.translation import influence_model, trainable
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+KEPT_BYTES = 2**28  # of tokens between the two passes of a fit
+
 
 def pseudo_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     """(N,): sum_c sqrt(p_c) log p_c, the roots held fixed. pyDVL's curvature is that of these gradients.
@@ -47,7 +49,9 @@ class EkfacInfluence(Influence):
         frozen = own.weights.keys() - set(names)
         if frozen:
             raise ValueError(f"a layer's parameters must all be trainable or none, {sorted(frozen)} are not")
-        self._curved = ihvp.InfluenceModel(model, pseudo_loss, layers=list(own.layers), progress=progress)
+        self._curved = ihvp.InfluenceModel(
+            model, pseudo_loss, layers=list(own.layers), progress=progress, cache_bytes=KEPT_BYTES
+        )
         self.names = {name: list(layer.parameters()) for name, layer in own.layers.items()}
         self._ihvp: ihvp.EKFACIHVP = ihvp.EKFACIHVP(own, None, hessian_regularization, update_diagonal)
 
@@ -62,7 +66,10 @@ class EkfacInfluence(Influence):
         self._ihvp = self._ihvp.with_damping(value)
 
     def fit(self, data: Iterable[Any]) -> Self:
-        fitted = ihvp.EKFACIHVP(self._curved, data, 0.0, self.update_diagonal)
+        try:
+            fitted = ihvp.EKFACIHVP(self._curved, data, 0.0, self.update_diagonal)
+        finally:
+            self._curved.clear_cache()
         self._ihvp.load_state_dict(fitted.state_dict())
         return self
 
