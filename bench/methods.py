@@ -231,7 +231,7 @@ def draw(curves: Mapping[str, tuple[str, float, Tensor]], path: Path) -> None:
     figure = Figure(figsize=(15, 6.5), dpi=110, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, layers in zip(panels, ("all", "last"), strict=True):
-        own = {name: rest for name, (of, *rest) in curves.items() if of == layers}
+        own = {name: (auc, found) for name, (of, auc, found) in curves.items() if of == layers}
         for i, (name, (auc, found)) in enumerate(sorted(own.items(), key=lambda one: -one[1][0])):
             share = torch.linspace(0, 1, len(found))
             style = ("-", "--", "-.")[i // 5 % 3]
