@@ -124,3 +124,11 @@ def test_equal_terms_whose_errors_add_up(isa: str) -> None:
     weight = torch.full((512, 512), 1.0194169282913208)
     want = 512 * 512 * float(a2[0, 0].double() * weight[0, 0].double())
     assert ops.weighted_ghost_dot(ones, ones, a2, ones, weight).sub(want).abs().max() / want < 1e-5
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_a_weight_of_fewer_bits(isa: str, dtype: torch.dtype) -> None:
+    """It is widened before it is split."""
+    given, _ = tokens_and_weight(0.05, 300, 321)
+    given["weight"] = given["weight"].to(dtype)
+    assert relative_error(ops.weighted_ghost_dot(**given), exact(**given)) < 1e-5

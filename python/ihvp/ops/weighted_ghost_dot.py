@@ -173,6 +173,7 @@ def split_weight(weight: Tensor) -> SplitWeight | None:
 
 
 def _split(weight: Tensor) -> SplitWeight | None:
+    weight = weight.float()
     logarithm = weight.log()
     if not bool(logarithm.sum().isfinite()):  # a number that is not positive and finite
         return None
