@@ -32,6 +32,30 @@ IHVP_INLINE void fetch_tile(const void* tile) {
     for (int line = 0; line < 16; ++line) __builtin_prefetch(static_cast<const char*>(tile) + line * 64, 0, 3);
 }
 
+// The sums of 32 x 32 in tiles 0 to 3, row halves outer: zero, or what `sums` holds as four tiles.
+IHVP_INLINE void begin_sums(bool zero, const void* sums) {
+    const char* tiles = static_cast<const char*>(sums);
+    if (zero) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, tiles, 64);
+        _tile_loadd(1, tiles + 1024, 64);
+        _tile_loadd(2, tiles + 2048, 64);
+        _tile_loadd(3, tiles + 3072, 64);
+    }
+}
+
+IHVP_INLINE void end_sums(void* sums) {
+    char* tiles = static_cast<char*>(sums);
+    _tile_stored(0, tiles, 64);
+    _tile_stored(1, tiles + 1024, 64);
+    _tile_stored(2, tiles + 2048, 64);
+    _tile_stored(3, tiles + 3072, 64);
+}
+
 // Tokens as tiles: for each block of 32 columns and each step of 32 positions two tiles.
 struct TokenTiles {
     uint16_t* data;
@@ -76,10 +100,7 @@ template <class Finish>
 IHVP_INLINE void multiply_blocks(const uint16_t* left, int64_t i, const uint16_t* right, int64_t j, int64_t steps,
                                  const Finish& finish) {
     for (int64_t r = 0; r < tile_block; r += tile_rows) fetch_for(finish, i + r, j);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    begin_sums(true, nullptr);
     for (int64_t s = 0; s < steps; ++s, left += 2 * tile_elements, right += 2 * tile_elements) {
         _tile_loadd(4, left, 64);
         _tile_loadd(5, left + tile_elements, 64);

@@ -1,5 +1,6 @@
 // C += sum over real positions of x x^T: the tiles on and above the diagonal, each added to its mirror image too.
 #include "amx.h"
+#include "epilogue.h"
 
 namespace ihvp {
 namespace IHVP_ISA {

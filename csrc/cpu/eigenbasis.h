@@ -1,7 +1,7 @@
 // Tokens into the eigenbasis: the packed basis, and the projections that leave their result packed for the next
 // product.
 #pragma once
-#include "engine.h"
+#include "epilogue.h"
 
 namespace ihvp {
 namespace IHVP_ISA {

@@ -1,7 +1,7 @@
 // out[d,q] = U_G ((U_G^T V[q] U_A) / (Lambda + damping[d])) U_A^T; all dampings share the first two products, and the
 // division is the epilogue of the second. A few queries at a time go through the four products together, so that one
 // packed basis is enough.
-#include "engine.h"
+#include "epilogue.h"
 
 namespace ihvp {
 namespace IHVP_ISA {

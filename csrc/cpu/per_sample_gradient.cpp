@@ -1,6 +1,6 @@
 // g[n] = sum_t delta[n,t] a[n,t]^T, one product an example. Many examples are shared out among the threads; of few,
 // each product is.
-#include "engine.h"
+#include "epilogue.h"
 
 namespace ihvp {
 namespace IHVP_ISA {

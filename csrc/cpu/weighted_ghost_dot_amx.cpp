@@ -83,17 +83,7 @@ void pack_products(uint16_t* out, const float* row1, const float* rows2, int64_t
 // sums (four tiles of 16 x 16, row halves outer) (+)= the split product over `steps` steps.
 template <int pieces>
 IHVP_INLINE void multiply_tiles(float* sums, bool first, const uint16_t* x, const uint16_t* w, int64_t steps) {
-    if (first) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_loadd(0, sums, 64);
-        _tile_loadd(1, sums + 256, 64);
-        _tile_loadd(2, sums + 512, 64);
-        _tile_loadd(3, sums + 768, 64);
-    }
+    begin_sums(first, sums);
     for (int64_t s = 0; s < steps; ++s, x += step_elements<pieces>, w += step_elements<pieces>) {
         const uint16_t* next = w + step_elements<pieces>;
         for (int p = 0; p < pieces; ++p) {
@@ -111,10 +101,7 @@ IHVP_INLINE void multiply_tiles(float* sums, bool first, const uint16_t* x, cons
             }
         }
     }
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + 256, 64);
-    _tile_stored(2, sums + 512, 64);
-    _tile_stored(3, sums + 768, 64);
+    end_sums(sums);
 }
 
 template <int pieces>

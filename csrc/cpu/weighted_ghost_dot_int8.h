@@ -63,7 +63,7 @@ IHVP_INLINE Extent extent_of_products(const float* row1, const float* row2, int6
 
 IHVP_INLINE float inverse(float unit) { return unit > 0 ? 1 / unit : 0; }
 
-// Two or four registers of 16 integers: hi, and lo.
+// hi of 16 integers, so that what is left of them fits into eight bits with a sign.
 IHVP_INLINE __m512i high_bytes(__m512i q) { return _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8); }
 
 // A step of 64 of a row's products as one row of the hi and of the lo tile. Packing interleaves: byte 16 l + 4 j + t
@@ -110,17 +110,7 @@ void pack_deep_weight(int8_t* tiles, const float* rows, const float* unit, int64
 // terms.
 IHVP_INLINE void multiply_deep_tiles(int32_t* sums, bool first, const int8_t* v, const int8_t* w, int64_t steps) {
     for (int64_t cross = 0; cross < 2; ++cross, sums += 1024) {
-        if (first) {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-        } else {
-            _tile_loadd(0, sums, 64);
-            _tile_loadd(1, sums + 256, 64);
-            _tile_loadd(2, sums + 512, 64);
-            _tile_loadd(3, sums + 768, 64);
-        }
+        begin_sums(first, sums);
         for (int64_t s = 0; s < steps; ++s) {
             const int8_t *left = v + s * deep_bytes, *right = w + s * deep_bytes, *next = right + deep_bytes;
             for (int64_t part = 0; part <= cross; ++part) {
@@ -139,10 +129,7 @@ IHVP_INLINE void multiply_deep_tiles(int32_t* sums, bool first, const int8_t* v,
                 _tile_dpbssd(3, 5, 7);
             }
         }
-        _tile_stored(0, sums, 64);
-        _tile_stored(1, sums + 256, 64);
-        _tile_stored(2, sums + 512, 64);
-        _tile_stored(3, sums + 768, 64);
+        end_sums(sums);
     }
 }
 
