@@ -33,26 +33,30 @@ AddMirrored<T, S, block> add_mirrored(const View& C) {
     return {matrix_target<T, S, true>(C), matrix_target<T, S, true>(mirror)};
 }
 
-template <class T, class S>
-Status update(const View& C, const View& x, const View& mask, bool bias, int threads) {
-    Rows rows = token_rows(x, mask, bias);
-    int64_t d = rows.features, depth = least(chunk_positions, rows.count);
+// Positions packed as E: one by one, or by pairs.
+template <class E, class S>
+Status update(const View& C, const Rows& rows, int threads) {
+    constexpr int64_t own = 64;  // rows of a packing task
+    int64_t d = rows.features, most_rows = Packed<E>::depth(least(chunk_positions, rows.count));
     Workspace space;
-    space.plan<T>(Panels<T>::size(depth, d));
+    space.plan<E>(Panels<E>::size(most_rows, d));
     if (!space.allocate()) return Status::out_of_memory;
-    T* memory = space.take<T>(Panels<T>::size(depth, d));
+    E* memory = space.take<E>(Panels<E>::size(most_rows, d));
 
-    auto add = add_mirrored<T, S, Panels<T>::width>(C);
-    for (int64_t first = 0; first < rows.count; first += depth) {
-        Panels<T> packed{memory, least(depth, rows.count - first), d};
-        pack_straight(packed, rows, first, threads);
-        product<T, true>(packed, packed, threads, add);
+    auto add = add_mirrored<Sum<E>, S, Panels<E>::width>(C);
+    for (int64_t first = 0; first < rows.count; first += chunk_positions) {
+        int64_t count = least(chunk_positions, rows.count - first);
+        Panels<E> packed{memory, Packed<E>::depth(count), d};
+        parallel(threads, ceil_div(packed.depth, own), [&](int64_t task, int) {
+            Packed<E>::pack(packed, rows, first, count, task * own, least(packed.depth, (task + 1) * own));
+        });
+        product<E, true>(packed, packed, threads, add);
     }
     return Status::ok;
 }
 
-// bfloat16 tokens as they are: products are exact, and sums in float32 as for float tokens.
-#if defined(__AMX_BF16__)
+#ifdef __AMX_BF16__
+// bfloat16 tokens as they are, on tiles.
 template <class S>
 Status update_tiles(const View& C, const Rows& rows, int threads) {
     constexpr int64_t chunk = 2 * chunk_positions;  // of half the bytes
@@ -85,45 +89,25 @@ Status update_tiles(const View& C, const Rows& rows, int threads) {
     }
     return Status::ok;
 }
-#elif defined(__AVX512BF16__)
-template <class S>
-Status update_pairs(const View& C, const Rows& rows, int threads) {
-    int64_t d = rows.features, most_pairs = ceil_div(least(chunk_positions, rows.count), 2);
-    Workspace space;
-    space.plan<Pair>(Panels<Pair>::size(most_pairs, d));
-    if (!space.allocate()) return Status::out_of_memory;
-    Pair* memory = space.take<Pair>(Panels<Pair>::size(most_pairs, d));
-
-    auto add = add_mirrored<float, S, Panels<Pair>::width>(C);
-    for (int64_t first = 0; first < rows.count; first += chunk_positions) {
-        constexpr int64_t own = 32;  // of a task
-        int64_t count = least(chunk_positions, rows.count - first), pairs = ceil_div(count, 2);
-        Panels<Pair> packed{memory, pairs, d};
-        parallel(threads, ceil_div(pairs, own), [&](int64_t task, int) {
-            pack_pairs(packed, rows, first, count, task * own, least(pairs, (task + 1) * own));
-        });
-        product<Pair, true>(packed, packed, threads, add);
-    }
-    return Status::ok;
-}
 #endif
 
 }  // namespace
 
 Status covariance_update(View C, View x, View mask, bool bias, int threads) {
-#if defined(__AMX_BF16__)
     Rows rows = token_rows(x, mask, bias);
-    bool filled = rows.features >= tile_block && rows.count >= step;  // smaller, tiles would be mostly padding
-    if (x.dtype == DType::bf16 && C.dtype == DType::f32 && filled) return update_tiles<float>(C, rows, threads);
-    if (x.dtype == DType::bf16 && C.dtype == DType::f64 && filled) return update_tiles<double>(C, rows, threads);
-#elif defined(__AVX512BF16__)
-    Rows rows = token_rows(x, mask, bias);
-    if (x.dtype == DType::bf16 && C.dtype == DType::f32) return update_pairs<float>(C, rows, threads);
-    if (x.dtype == DType::bf16 && C.dtype == DType::f64) return update_pairs<double>(C, rows, threads);
+    bool wide = C.dtype == DType::f64;
+#ifdef __AVX512BF16__
+    if (x.dtype == DType::bf16) {
+#ifdef __AMX_BF16__
+        bool filled = rows.features >= tile_block && rows.count >= step;  // smaller, tiles would be mostly padding
+        if (filled) return wide ? update_tiles<double>(C, rows, threads) : update_tiles<float>(C, rows, threads);
+#else
+        return wide ? update<Pair, double>(C, rows, threads) : update<Pair, float>(C, rows, threads);
 #endif
-    if (x.dtype == DType::f64) return update<double, double>(C, x, mask, bias, threads);
-    if (C.dtype == DType::f64) return update<float, double>(C, x, mask, bias, threads);
-    return update<float, float>(C, x, mask, bias, threads);
+    }
+#endif
+    if (x.dtype == DType::f64) return update<double, double>(C, rows, threads);
+    return wide ? update<float, double>(C, rows, threads) : update<float, float>(C, rows, threads);
 }
 
 }  // namespace IHVP_ISA

@@ -111,24 +111,6 @@ inline void gradient_tiles(float* g, const Rows& a, const Rows& delta, int64_t f
 }
 #endif
 
-// Tokens as rows of the panels: positions, or two by two.
-template <class T>
-struct Packed {
-    static int64_t depth(int64_t positions) { return positions; }
-    static void pack(const Panels<T>& out, const Rows& x, int64_t first, int64_t positions, int64_t first_column) {
-        pack_straight(out, x, first, 0, positions, first_column);
-    }
-};
-#ifdef __AVX512BF16__
-template <>
-struct Packed<Pair> {
-    static int64_t depth(int64_t positions) { return ceil_div(positions, 2); }
-    static void pack(const Panels<Pair>& out, const Rows& x, int64_t first, int64_t positions, int64_t first_column) {
-        pack_pairs(out, x, first, positions, 0, out.depth, first_column);
-    }
-};
-#endif
-
 // The block of g_n in `g`, rows of block_side, from tokens packed as E. `buffer` holds 2 * block_positions rows of
 // block_side. The positions from `next` on are fetched meanwhile.
 template <class E, class T>
@@ -139,8 +121,8 @@ void gradient_panels(T* g, const Rows& a, const Rows& delta, int64_t first, int6
     for (int64_t t = 0; t < positions; t += block_positions) {
         int64_t count = least(block_positions, positions - t), depth = Packed<E>::depth(count);
         Panels<E> d{buffer, depth, outputs}, x{buffer + block_positions * block_side, depth, inputs};
-        Packed<E>::pack(d, delta, first + t, count, b.o0);
-        Packed<E>::pack(x, a, first + t, count, b.i0);
+        Packed<E>::pack(d, delta, first + t, count, 0, depth, b.o0);
+        Packed<E>::pack(x, a, first + t, count, 0, depth, b.i0);
         int64_t tiles = x.count() * ceil_div(outputs, tile_rows), share = ceil_div(count, tiles), ahead = next + t;
         int64_t ahead_end = least(ahead + count, a.count);
         for (int64_t p = 0; p < x.count(); ++p) {
