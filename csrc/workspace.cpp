@@ -28,10 +28,9 @@ void* borrow_memory(size_t size) noexcept {
     if (block != nullptr && capacity(block) >= size) return block + line;
     std::free(block);
     bool large = size >= 2 * huge_page;
-    size_t unit = large ? huge_page : page;
-    size_t total = (size + line + unit - 1) / unit * unit;
+    size_t total = (size + line + page - 1) / page * page;
     void* memory = nullptr;
-    if (total < size || posix_memalign(&memory, unit, total) != 0) return nullptr;
+    if (total < size || posix_memalign(&memory, large ? huge_page : page, total) != 0) return nullptr;
 #ifdef MADV_HUGEPAGE
     if (large) madvise(memory, total, MADV_HUGEPAGE);  // advice: it may be refused
 #endif

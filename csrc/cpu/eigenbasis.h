@@ -33,6 +33,21 @@ int64_t task_size(int64_t depth) {
     return depth * most(product_rows<T>, Panels<T>::width);
 }
 
+// sum_k x[m, k] U[k, c] for `count` positions from `first` on, packed into `scratch`, which holds task_size of d
+// elements, or, where a tile's rows lie in the L1 cache together, read from where they are.
+template <class T, class Finish>
+IHVP_INLINE void multiply_rows(const Rows& x, int64_t first, int64_t count, const Panels<T>& basis, T* scratch,
+                               const Finish& finish) {
+    constexpr int64_t most_depth = 128;
+    const T* data = lying_row<T>(x, first);
+    int64_t stride = row_stride(x);
+    if (basis.depth <= most_depth && data != nullptr && stride != 0 && count % tile_rows == 0)
+        return product(Lying<T>{data, stride, basis.depth, count}, 0, count, basis, 0, basis.count(), finish);
+    Panels<T> part{scratch, basis.depth, count};
+    for (int64_t p = 0; p < part.count(); ++p) pack_transposed(part, p, x, first);
+    product(part, 0, count, basis, 0, basis.count(), finish);
+}
+
 // out[m, c] = sum_k x[m, k] U[k, c] for the positions first.. of x, as panels with k = m; squared where asked.
 // `scratch` holds task_size of d elements per thread.
 template <class T, bool square>
@@ -52,10 +67,8 @@ void project(const Panels<T>& out, const Rows& x, int64_t first, const Panels<T>
     int64_t rows = rows_of_a_task<T>(out.depth, threads);
     parallel(threads, ceil_div(out.depth, rows), [&](int64_t block, int thread) {
         int64_t at = block * rows;
-        Panels<T> part{scratch + thread * task_size<T>(basis.depth), basis.depth, least(rows, out.depth - at)};
-        for (int64_t p = 0; p < part.count(); ++p) pack_transposed(part, p, x, first + at);
-        product(part, 0, part.columns, basis, 0, basis.count(),
-                [&](const Tile<T>& tile, int64_t i, int64_t j) { finish(tile, at + i, j); });
+        multiply_rows(x, first + at, least(rows, out.depth - at), basis, scratch + thread * task_size<T>(basis.depth),
+                      [&](const Tile<T>& tile, int64_t i, int64_t j) { finish(tile, at + i, j); });
     });
 }
 

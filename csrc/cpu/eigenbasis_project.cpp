@@ -21,10 +21,8 @@ Status run(const View& out, const View& x, const View& U, const View& mask, bool
     int64_t height = rows_of_a_task<T>(rows.count, threads);
     parallel(threads, ceil_div(rows.count, height), [&](int64_t block, int thread) {
         int64_t first = block * height;
-        Panels<T> part{scratch + thread * task_size<T>(d), d, least(height, rows.count - first)};
-        for (int64_t p = 0; p < part.count(); ++p) pack_transposed(part, p, rows, first);
-        product(part, 0, part.columns, basis, 0, basis.count(),
-                [&](const Tile<T>& tile, int64_t i, int64_t j) { finish(tile, first + i, j); });
+        multiply_rows(rows, first, least(height, rows.count - first), basis, scratch + thread * task_size<T>(d),
+                      [&](const Tile<T>& tile, int64_t i, int64_t j) { finish(tile, first + i, j); });
     });
     return Status::ok;
 }

@@ -8,7 +8,7 @@ namespace IHVP_ISA {
 
 namespace {
 
-constexpr int64_t chunk_positions = 1024;
+constexpr int64_t chunk_positions = 768;
 
 // Lambda += sum over the chunk, a tile at a time: one tile is owned by one thread and sums its examples in order.
 template <class T, class S>

@@ -8,7 +8,7 @@ namespace IHVP_ISA {
 
 namespace {
 
-constexpr int64_t chunk_positions = 1024;
+constexpr int64_t chunk_positions = 768;
 
 // W with k = o, the panels' padding zero.
 template <class T>

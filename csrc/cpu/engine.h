@@ -66,6 +66,8 @@ struct Panels {
 
     int64_t count() const { return ceil_div(columns, width); }
     T* at(int64_t row, int64_t column) const { return data + (column / width * depth + row) * width + column % width; }
+    static constexpr int64_t next_k = width;  // within a tile
+    static constexpr int64_t next_column() { return 1; }
     static int64_t size(int64_t depth, int64_t columns) { return ceil_div(columns, width) * width * depth; }
 };
 
@@ -133,18 +135,35 @@ void pack_transposed(const Panels<T>& out, int64_t panel, const Rows& in, int64_
     pack_transposed(out, panel, in, first_row, 0, out.depth);
 }
 
+// All rows of the panels, from a column on.
 template <class T>
-void pack_straight(const Panels<T>& out, const Rows& in, int64_t first_row, int threads) {
+void pack_columns(const Panels<T>& out, const Rows& in, int64_t first_row, int64_t first_column, int threads) {
     constexpr int64_t rows = 64;  // a task: enough to be worth handing out
     parallel(threads, ceil_div(out.depth, rows), [&](int64_t block, int) {
-        pack_straight(out, in, first_row, block * rows, least(out.depth, (block + 1) * rows));
+        pack_straight(out, in, first_row, block * rows, least(out.depth, (block + 1) * rows), first_column);
     });
+}
+
+template <class T>
+void pack_straight(const Panels<T>& out, const Rows& in, int64_t first_row, int threads) {
+    pack_columns(out, in, first_row, 0, threads);
 }
 
 template <class T>
 void pack_transposed(const Panels<T>& out, const Rows& in, int64_t first_row, int threads) {
     parallel(threads, out.count(), [&](int64_t p, int) { pack_transposed(out, p, in, first_row); });
 }
+
+// Rows of the source as columns of X, from where they lie: whole tiles of them.
+template <class T>
+struct Lying {
+    const T* data;
+    int64_t stride, depth, columns;
+
+    const T* at(int64_t k, int64_t column) const { return data + column * stride + k; }
+    static constexpr int64_t next_k = 1;
+    int64_t next_column() const { return stride; }
+};
 
 // Two bfloat16 numbers, the first one below: bf16.h has products over such pairs.
 using Pair = uint32_t;
@@ -178,9 +197,9 @@ struct Ahead {
     int64_t stride = 0;
 };
 
-template <class T, int vectors>
-IHVP_INLINE void multiply(Tile<Sum<T>>& tile, bool more, int64_t depth, const T* __restrict x, const T* __restrict y,
-                          Ahead ahead) {
+template <class T, int vectors, int64_t next_k>
+IHVP_INLINE void multiply(Tile<Sum<T>>& tile, bool more, int64_t depth, const T* __restrict x, int64_t next_column,
+                          const T* __restrict y, Ahead ahead) {
     constexpr int W = Lanes<T>::width, P = Lanes<T>::panel;
     // With nothing to come, what is here already: an address that is not mapped would be looked up each time.
     const char* next = ahead.data != nullptr ? ahead.data : reinterpret_cast<const char*>(y);
@@ -199,11 +218,11 @@ IHVP_INLINE void multiply(Tile<Sum<T>>& tile, bool more, int64_t depth, const T*
 #pragma GCC unroll 16
         for (int r = 0; r < tile_rows; ++r) {
 #pragma GCC unroll 8
-            for (int v = 0; v < vectors; ++v) multiply_add<T>(acc[r][v], b[v], x[r]);
+            for (int v = 0; v < vectors; ++v) multiply_add<T>(acc[r][v], b[v], x[r * next_column]);
         }
         __builtin_prefetch(next, 0, 2);
         next += ahead.stride;
-        x += P;
+        x += next_k;
         y += P;
     }
 #pragma GCC unroll 16
@@ -214,8 +233,8 @@ IHVP_INLINE void multiply(Tile<Sum<T>>& tile, bool more, int64_t depth, const T*
 }
 
 // The tile at rows i.. of X's columns and panel p of Y, over the rows k0..k1 of both; `more` adds to it.
-template <class T>
-IHVP_INLINE void multiply(Tile<Sum<T>>& tile, const Panels<T>& x, int64_t i, const Panels<T>& y, int64_t p, int64_t k0,
+template <class T, class X>
+IHVP_INLINE void multiply(Tile<Sum<T>>& tile, const X& x, int64_t i, const Panels<T>& y, int64_t p, int64_t k0,
                           int64_t k1, bool more = false, Ahead ahead = {}) {
     constexpr int64_t P = Lanes<T>::panel;
     const T* a = x.at(k0, i);
@@ -224,17 +243,17 @@ IHVP_INLINE void multiply(Tile<Sum<T>>& tile, const Panels<T>& x, int64_t i, con
     tile.vectors = left < tile_vectors ? int(left) : tile_vectors;
     switch (tile.vectors) {
         case 1:
-            return multiply<T, 1>(tile, more, k1 - k0, a, b, ahead);
+            return multiply<T, 1, X::next_k>(tile, more, k1 - k0, a, x.next_column(), b, ahead);
 #if IHVP_TILE_VECTORS > 2
         case 2:
-            return multiply<T, 2>(tile, more, k1 - k0, a, b, ahead);
+            return multiply<T, 2, X::next_k>(tile, more, k1 - k0, a, x.next_column(), b, ahead);
 #endif
 #if IHVP_TILE_VECTORS > 3
         case 3:
-            return multiply<T, 3>(tile, more, k1 - k0, a, b, ahead);
+            return multiply<T, 3, X::next_k>(tile, more, k1 - k0, a, x.next_column(), b, ahead);
 #endif
         default:
-            return multiply<T, tile_vectors>(tile, more, k1 - k0, a, b, ahead);
+            return multiply<T, tile_vectors, X::next_k>(tile, more, k1 - k0, a, x.next_column(), b, ahead);
     }
 }
 
@@ -253,8 +272,8 @@ IHVP_INLINE void fetch_for(const Others&...) {}
 // X^T Y for the columns i0..i1 of X and the panels p0..p1 of Y, all of k. What is multiplied at a time lies in the L2
 // cache: product_rows columns of X, one panel of Y, block_k of k. Where k is longer, the tiles of a block of X by
 // block_panels of Y wait for the next block of k.
-template <class T, class Finish>
-IHVP_INLINE void product(const Panels<T>& x, int64_t i0, int64_t i1, const Panels<T>& y, int64_t p0, int64_t p1,
+template <class T, class X, class Finish>
+IHVP_INLINE void product(const X& x, int64_t i0, int64_t i1, const Panels<T>& y, int64_t p0, int64_t p1,
                          const Finish& finish) {
     constexpr int64_t W = Panels<T>::width, block_k = block_bytes / (W * int64_t(sizeof(T)));
     constexpr int64_t block_panels = 4, block_tiles = product_rows<T> / tile_rows;
@@ -276,7 +295,8 @@ IHVP_INLINE void product(const Panels<T>& x, int64_t i0, int64_t i1, const Panel
                     for (int64_t i = rows; i < end; i += tile_rows) {
                         int64_t done = (i - rows) / tile_rows * (k1 - k) * share;
                         if (k1 == x.depth) fetch_for(finish, i, p * W);
-                        multiply(*tile, x, i, y, p, k, k1, k > 0, {reinterpret_cast<const char*>(next) + done, share});
+                        multiply<T>(*tile, x, i, y, p, k, k1, k > 0,
+                                    {reinterpret_cast<const char*>(next) + done, share});
                         if (k1 == x.depth) finish(*tile, i, p * W);
                         tile += whole ? 0 : 1;
                     }

@@ -127,6 +127,12 @@ inline const T* lying_row(const Rows& m, int64_t row) {
     return reinterpret_cast<const T*>(m.data) + row / m.inner * m.stride_outer + row % m.inner * m.stride_inner;
 }
 
+// From one row to the next, or 0 where the rows are not evenly spaced.
+inline int64_t row_stride(const Rows& m) {
+    if (m.inner == 1) return m.stride_outer;
+    return m.inner >= m.count || m.stride_outer == m.inner * m.stride_inner ? m.stride_inner : 0;
+}
+
 // A matrix in which the rows lie next to each other, as the eigenvectors of LAPACK do: it is read by its columns.
 inline bool lies_by_columns(const Rows& m) {
     return m.stride_column != 1 && m.stride_inner == 1 && m.inner >= m.count && m.stored == m.features &&
