@@ -91,20 +91,17 @@ Status run(const View& out, const View& V, const View& U_A, const View& U_G, con
                 Rows rows = matrix_rows(entry(V, q0 + q));
                 for (int64_t p = first / W; column == 0 && p * W < end; ++p) pack_transposed(y(q), p, rows, 0);
                 StorePanels<T, false> finish{x(q)};
-                product(y(q), first, end, U, 0, U.count(),
-                        [&](const Tile<T>& tile, int64_t i, int64_t j) { finish(tile, i, column + j); });
+                product(y(q), first, end, U, 0, U.count(), shifted(finish, 0, column));
             });
         });
         by_halves(U_G, O, false, [&](const Panels<T>& U, int64_t column) {  // (U_G^T V U_A)^T: k = i
             by_blocks(count, I, [&](int64_t q, int64_t first, int64_t end) {
                 if (D > 1) {
                     StorePanels<T, false> finish{y(q)};
-                    product(x(q), first, end, U, 0, U.count(),
-                            [&](const Tile<T>& tile, int64_t i, int64_t j) { finish(tile, i, column + j); });
+                    product(x(q), first, end, U, 0, U.count(), shifted(finish, 0, column));
                 } else {
                     StoreDivided<T> finish{y(q), eigenvalues, T(dampings[0])};
-                    product(x(q), first, end, U, 0, U.count(),
-                            [&](const Tile<T>& tile, int64_t i, int64_t j) { finish(tile, i, column + j); });
+                    product(x(q), first, end, U, 0, U.count(), shifted(finish, 0, column));
                 }
             });
         });
@@ -117,15 +114,13 @@ Status run(const View& out, const View& V, const View& U_A, const View& U_G, con
             by_halves(U_A, I, true, [&](const Panels<T>& U, int64_t column) {  // k = o'
                 by_blocks(count, O, [&](int64_t q, int64_t first, int64_t end) {
                     StorePanels<T, false> finish{x(q)};
-                    product(z(q), first, end, U, 0, U.count(),
-                            [&](const Tile<T>& tile, int64_t i, int64_t j) { finish(tile, i, column + j); });
+                    product(z(q), first, end, U, 0, U.count(), shifted(finish, 0, column));
                 });
             });
             by_halves(U_G, O, true, [&](const Panels<T>& U, int64_t row) {
                 by_blocks(count, U.columns, [&](int64_t q, int64_t first, int64_t end) {
                     auto finish = matrix_target<T, T, false>(entry(entry(out, d), q0 + q));
-                    product(U, first, end, x(q), 0, x(q).count(),
-                            [&](const Tile<T>& tile, int64_t i, int64_t j) { finish(tile, row + i, j); });
+                    product(U, first, end, x(q), 0, x(q).count(), shifted(finish, row, 0));
                 });
             });
         }
