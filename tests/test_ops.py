@@ -25,6 +25,7 @@ CASES: dict[str, tuple[dict[str, int | None], dict[str, Any]]] = {
     "panel less one": ({"I": 47, "O": 23, "Q": 7}, {"bias": True, "dtype": F64, "layout": "transposed"}),
     "panel and one": ({"I": 49, "O": 25, "M": 9}, {"masked": True, "dtype": F16}),
     "two panels": ({"N": 50, "T": None, "M": 8, "I": 97, "O": 49}, {"bias": True, "masked": True}),
+    "short rows": ({"N": 24, "T": 4, "I": 47, "O": 33}, {}),
     "large": ({"N": 9, "T": 5, "I": 130, "O": 97, "Q": 9}, {"bias": True, "masked": True}),
     "large flat": ({"N": 97, "T": None, "I": 97, "O": 130, "M": 7}, {"dtype": F64, "other": True}),
     "bfloat16": ({"I": 33, "O": 9}, {"bias": True, "masked": True, "dtype": BF16, "layout": "transposed"}),
@@ -121,3 +122,11 @@ def test_every_half_precision_number_is_widened_exactly(engine: Engine, dtype: t
         one_by_one = ops.eigenbasis_project(x[::stride, None], torch.ones(1, 1))[:, 0]
         assert torch.equal(one_by_one.nan_to_num(7.0), x[::stride].float().nan_to_num(7.0))
         assert torch.equal(one_by_one.isnan(), x[::stride].isnan())
+
+
+def test_rows_wherever_they_lie(engine: Engine) -> None:
+    """Tokens of short rows are read from where they are: next to each other, evenly spaced, or neither."""
+    buffer, U = torch.randn(40, 12, 50), torch.randn(33, 33)
+    rows = buffer.flatten(0, 1)
+    for x in (rows[:, None, :33], rows[::3, None, 7:40], buffer[:, 2:3, :33], buffer[:, :8, :33], buffer[::5, :, 17:]):
+        assert_close(ops.eigenbasis_project(x, U), x.double() @ U.double(), F32, 33)
