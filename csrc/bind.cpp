@@ -144,15 +144,13 @@ void ekfac_self_influence(py::handle out_, py::handle a_, py::handle delta_, py:
 }
 
 void ekfac_solve(py::handle out_, py::handle V_, py::handle U_A_, py::handle U_G_, py::handle Lambda_,
-                 py::handle damping_, int threads) {
-    Argument out("out", out_), V("V", V_), U_A("U_A", U_A_), U_G("U_G", U_G_), Lambda("Lambda", Lambda_),
-        damping("damping", damping_);
+                 const std::vector<double>& damping, int threads) {
+    Argument out("out", out_), V("V", V_), U_A("U_A", U_A_), U_G("U_G", U_G_), Lambda("Lambda", Lambda_);
     auto [Q, T, I, O] = check_between(V, U_A, U_G);
     Lambda.shape({O, I}).floating();
-    if (damping.view.dims != 1 || damping.view.dtype != DType::f64) damping.fail("must be (D,) in float64");
-    out.shape({damping.view.shape[0], Q, O, I}).result({&V, &U_A, &U_G, &Lambda}).writable({&damping});
+    out.shape({int64_t(damping.size()), Q, O, I}).result({&V, &U_A, &U_G, &Lambda});
     if (out.empty()) return;
-    call(threads, Q * O * I * (O + I), kernels->ekfac_solve, out, V, U_A, U_G, Lambda, damping);
+    call(threads, Q * O * I * (O + I), kernels->ekfac_solve, out, V, U_A, U_G, Lambda, damping.data());
 }
 
 void weighted_ghost_dot(py::handle out_, py::handle a1_, py::handle delta1_, py::handle a2_, py::handle delta2_,

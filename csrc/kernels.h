@@ -24,7 +24,7 @@ struct Kernels {
                                     Order order, int threads);
     Status (*ekfac_self_influence)(View out, View a, View delta, View U_A, View U_G, View Lambda, double damping,
                                    View mask, bool bias, int threads);
-    Status (*ekfac_solve)(View out, View V, View U_A, View U_G, View Lambda, View damping, int threads);
+    Status (*ekfac_solve)(View out, View V, View U_A, View U_G, View Lambda, const double* damping, int threads);
     Status (*weighted_ghost_dot)(View out, View a1, View delta1, View a2, View delta2, View weight, View mask1,
                                  View mask2, bool bias, Precision precision, int threads);
     Status (*gradient_dot)(View out, View P, View a, View delta, View mask, bool bias, bool per_token, Order order,

@@ -35,7 +35,7 @@ def arguments(kernel: str, **changes: Any) -> dict[str, Any]:
     """A right call of the kernel: N=5, T=4, M=3, Q=3, I=7 and a bias where there is one, O=3, float32."""
     given = make(KERNELS[kernel], {}, bias=True, masked=True).arguments
     if kernel == "ekfac_solve":
-        given["damping"] = torch.tensor([0.1], dtype=torch.float64)
+        given["damping"] = [0.1]
     if kernel in ORDERS:
         given["order"] = ORDERS[kernel]
     if kernel == "ghost_dot":
@@ -106,7 +106,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gradient_dot", {"a": torch.ones(5, 4, 1, 1, 7)}, "^a has too many dimensions"),
     ("gradient_dot", {"a": None}, "^a must be a tensor, got None"),
     ("gradient_dot", {"a": [1.0]}, "^a must be a tensor"),
-    ("ekfac_solve", {"damping": torch.tensor([0.1])}, r"^damping must be \(D,\) in float64"),
+    ("ekfac_solve", {"damping": [0.1, 1.0]}, r"^out must have shape \(2, 3, 3, 7\), got \(1, 3, 3, 7\)"),
     ("ekfac_diagonal_update", {"U_G": None, "order": "gradient_first"}, "gradient_first needs both"),
     ("weighted_ghost_dot", {"weight": torch.zeros(8, 3)}, r"^weight must have shape \(3, 8\)"),
     # how to run

@@ -8,7 +8,8 @@ namespace IHVP_ISA {
 
 namespace {
 
-constexpr int64_t chunk_positions = 768;
+// Positions of a chunk: their tokens fill two tiles of O x I, where that keeps the kernels busy.
+int64_t positions_of_chunk(int64_t O, int64_t I) { return most(768, least(1024, 2 * O * I / most(O + I, 1))); }
 
 // Lambda += sum over the chunk, a tile at a time: one tile is owned by one thread and sums its examples in order.
 template <class T, class S>
@@ -36,7 +37,7 @@ template <class T, class S>
 Status project_first(const View& Lambda, const Rows& a, const Rows& delta, int64_t N, int64_t positions,
                      const View& U_A, const View& U_G, int threads) {
     int64_t I = a.features, O = delta.features;
-    int64_t examples = chunk_of_examples(N, positions, chunk_positions), depth = examples * positions;
+    int64_t examples = chunk_of_examples(N, positions, positions_of_chunk(O, I)), depth = examples * positions;
     Workspace space;
     space.plan<T>(basis_size<T>(U_A, I));
     space.plan<T>(basis_size<T>(U_G, O));
@@ -79,7 +80,7 @@ template <class T, class S>
 Status gradient_first(const View& Lambda, const Rows& a, const Rows& delta, int64_t N, int64_t positions,
                       const View& U_A, const View& U_G, int threads) {
     constexpr int64_t W = Panels<T>::width;
-    int64_t I = a.features, O = delta.features, depth = least(positions, chunk_positions);
+    int64_t I = a.features, O = delta.features, depth = least(positions, positions_of_chunk(O, I));
     Workspace space;
     space.plan<T>(basis_size<T>(U_A, I));
     space.plan<T>(basis_size<T>(U_G, O));

@@ -1,5 +1,5 @@
 // out[d,q] = U_G ((U_G^T V[q] U_A) / (Lambda + damping[d])) U_A^T; all dampings share the first two products, and the
-// division is the epilogue of the second. A few queries at a time go through the four products together, so that half a
+// division is the epilogue of the second. A few queries at a time go through the four products together, so that one
 // packed basis is enough.
 #include "epilogue.h"
 
@@ -47,31 +47,25 @@ void divide(const Panels<T>& y, int64_t first, int64_t end, const StoreDivided<T
 }
 
 template <class T>
-Status run(const View& out, const View& V, const View& U_A, const View& U_G, const View& Lambda, const View& damping,
+Status run(const View& out, const View& V, const View& U_A, const View& U_G, const View& Lambda, const double* damping,
            int threads) {
-    int64_t D = damping.shape[0], Q = V.shape[0], O = V.shape[1], I = V.shape[2];
+    int64_t D = out.shape[0], Q = V.shape[0], O = V.shape[1], I = V.shape[2];
     int64_t by_input = Panels<T>::size(I, O), by_output = Panels<T>::size(O, I);  // k = i, k = o
-    constexpr int64_t W = Panels<T>::width;
-    int64_t together = least(Q, threads), side = most(I, O), part_columns = ceil_div(ceil_div(side, W), 2) * W;
+    int64_t together = least(Q, threads);
     Workspace space;
-    space.plan<T>(Panels<T>::size(side, part_columns));
+    space.plan<T>(Panels<T>::size(most(I, O), most(I, O)));
     space.plan<T>(together * by_input);
     space.plan<T>(together * by_output);
     if (D > 1) space.plan<T>(together * by_input);
     if (!space.allocate()) return Status::out_of_memory;
-    T* basis_memory = space.take<T>(Panels<T>::size(side, part_columns));
+    T* basis_memory = space.take<T>(Panels<T>::size(most(I, O), most(I, O)));
     T* memory_y = space.take<T>(together * by_input);
     T* memory_x = space.take<T>(together * by_output);
     T* memory_z = D > 1 ? space.take<T>(together * by_input) : memory_y;
-    const double* dampings = static_cast<const double*>(damping.data);
-    // use(panels, column) for the halves of U's columns, from that column on.
-    auto by_halves = [&](const View& U, int64_t d, bool transposed, auto use) {
-        Rows rows = matrix_rows(U, transposed);
-        for (int64_t column = 0; column < d; column += part_columns) {
-            Panels<T> half{basis_memory, d, least(part_columns, d - column)};
-            pack_columns(half, rows, 0, column, threads);
-            use(half, column);
-        }
+    auto basis = [&](const View& U, int64_t d, bool transposed) {
+        Panels<T> panels{basis_memory, d, d};
+        pack_straight(panels, matrix_rows(U, transposed), 0, threads);
+        return panels;
     };
     auto by_blocks = [&](int64_t count, int64_t rows, auto task) {
         int64_t blocks = ceil_div(rows, product_rows<T>);
@@ -86,42 +80,34 @@ Status run(const View& out, const View& V, const View& U_A, const View& U_G, con
         auto y = [&](int64_t q) { return Panels<T>{memory_y + q * by_input, I, O}; };
         auto x = [&](int64_t q) { return Panels<T>{memory_x + q * by_output, O, I}; };
         auto z = [&](int64_t q) { return Panels<T>{memory_z + q * by_input, I, O}; };
-        by_halves(U_A, I, false, [&](const Panels<T>& U, int64_t column) {  // V U_A: k = o
-            by_blocks(count, O, [&](int64_t q, int64_t first, int64_t end) {
-                Rows rows = matrix_rows(entry(V, q0 + q));
-                for (int64_t p = first / W; column == 0 && p * W < end; ++p) pack_transposed(y(q), p, rows, 0);
-                StorePanels<T, false> finish{x(q)};
-                product(y(q), first, end, U, 0, U.count(), shifted(finish, 0, column));
-            });
+        Panels<T> U = basis(U_A, I, false);
+        by_blocks(count, O, [&](int64_t q, int64_t first, int64_t end) {  // V U_A: k = o
+            Rows rows = matrix_rows(entry(V, q0 + q));
+            for (int64_t p = first / Panels<T>::width; p * Panels<T>::width < end; ++p)
+                pack_transposed(y(q), p, rows, 0);
+            product(y(q), first, end, U, 0, U.count(), StorePanels<T, false>{x(q)});
         });
-        by_halves(U_G, O, false, [&](const Panels<T>& U, int64_t column) {  // (U_G^T V U_A)^T: k = i
-            by_blocks(count, I, [&](int64_t q, int64_t first, int64_t end) {
-                if (D > 1) {
-                    StorePanels<T, false> finish{y(q)};
-                    product(x(q), first, end, U, 0, U.count(), shifted(finish, 0, column));
-                } else {
-                    StoreDivided<T> finish{y(q), eigenvalues, T(dampings[0])};
-                    product(x(q), first, end, U, 0, U.count(), shifted(finish, 0, column));
-                }
-            });
+        U = basis(U_G, O, false);
+        by_blocks(count, I, [&](int64_t q, int64_t first, int64_t end) {  // (U_G^T V U_A)^T: k = i
+            if (D > 1) {
+                product(x(q), first, end, U, 0, U.count(), StorePanels<T, false>{y(q)});
+            } else {
+                product(x(q), first, end, U, 0, U.count(), StoreDivided<T>{y(q), eigenvalues, T(damping[0])});
+            }
         });
         for (int64_t d = 0; d < D; ++d) {
             if (D > 1) {
                 by_blocks(count, I, [&](int64_t q, int64_t first, int64_t end) {
-                    divide(y(q), first, end, {z(q), eigenvalues, T(dampings[d * damping.stride[0]])});
+                    divide(y(q), first, end, {z(q), eigenvalues, T(damping[d])});
                 });
             }
-            by_halves(U_A, I, true, [&](const Panels<T>& U, int64_t column) {  // k = o'
-                by_blocks(count, O, [&](int64_t q, int64_t first, int64_t end) {
-                    StorePanels<T, false> finish{x(q)};
-                    product(z(q), first, end, U, 0, U.count(), shifted(finish, 0, column));
-                });
+            U = basis(U_A, I, true);
+            by_blocks(count, O, [&](int64_t q, int64_t first, int64_t end) {  // k = o'
+                product(z(q), first, end, U, 0, U.count(), StorePanels<T, false>{x(q)});
             });
-            by_halves(U_G, O, true, [&](const Panels<T>& U, int64_t row) {
-                by_blocks(count, U.columns, [&](int64_t q, int64_t first, int64_t end) {
-                    auto finish = matrix_target<T, T, false>(entry(entry(out, d), q0 + q));
-                    product(U, first, end, x(q), 0, x(q).count(), shifted(finish, row, 0));
-                });
+            U = basis(U_G, O, true);
+            by_blocks(count, O, [&](int64_t q, int64_t first, int64_t end) {
+                product(U, first, end, x(q), 0, x(q).count(), matrix_target<T, T, false>(entry(entry(out, d), q0 + q)));
             });
         }
     }
@@ -130,7 +116,7 @@ Status run(const View& out, const View& V, const View& U_A, const View& U_G, con
 
 }  // namespace
 
-Status ekfac_solve(View out, View V, View U_A, View U_G, View Lambda, View damping, int threads) {
+Status ekfac_solve(View out, View V, View U_A, View U_G, View Lambda, const double* damping, int threads) {
     return IHVP_COMPUTE(out.dtype == DType::f64,
                         [&](auto zero) { return run<decltype(zero)>(out, V, U_A, U_G, Lambda, damping, threads); });
 }

@@ -135,18 +135,12 @@ void pack_transposed(const Panels<T>& out, int64_t panel, const Rows& in, int64_
     pack_transposed(out, panel, in, first_row, 0, out.depth);
 }
 
-// All rows of the panels, from a column on.
-template <class T>
-void pack_columns(const Panels<T>& out, const Rows& in, int64_t first_row, int64_t first_column, int threads) {
-    constexpr int64_t rows = 64;  // a task: enough to be worth handing out
-    parallel(threads, ceil_div(out.depth, rows), [&](int64_t block, int) {
-        pack_straight(out, in, first_row, block * rows, least(out.depth, (block + 1) * rows), first_column);
-    });
-}
-
 template <class T>
 void pack_straight(const Panels<T>& out, const Rows& in, int64_t first_row, int threads) {
-    pack_columns(out, in, first_row, 0, threads);
+    constexpr int64_t rows = 64;  // a task: enough to be worth handing out
+    parallel(threads, ceil_div(out.depth, rows), [&](int64_t block, int) {
+        pack_straight(out, in, first_row, block * rows, least(out.depth, (block + 1) * rows));
+    });
 }
 
 template <class T>
@@ -324,9 +318,10 @@ void product(const Panels<T>& x, const Panels<T>& y, int threads, const Finish& 
 }
 
 // Examples of T positions each whose tokens fit a budget: enough to keep the tiles busy, not so many that the
-// workspace follows N.
+// workspace follows N, and about as many in every chunk.
 IHVP_INLINE int64_t chunk_of_examples(int64_t N, int64_t T, int64_t positions) {
-    return most(1, least(N, positions / most(T, 1)));
+    int64_t fitting = most(1, least(N, positions / most(T, 1)));
+    return most(1, ceil_div(N, ceil_div(most(N, 1), fitting)));
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 """CPU kernels of ihvp. Arguments are tensors that speak DLPack; results are written into `out`."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 def isas() -> dict[str, bool]: ...
@@ -33,7 +35,7 @@ def ekfac_self_influence(
     threads: int,
 ) -> None: ...
 def ekfac_solve(
-    out: Tensor, V: Tensor, U_A: Tensor, U_G: Tensor, Lambda: Tensor, damping: Tensor, threads: int
+    out: Tensor, V: Tensor, U_A: Tensor, U_G: Tensor, Lambda: Tensor, damping: Sequence[float], threads: int
 ) -> None: ...
 def weighted_ghost_dot(
     out: Tensor,
