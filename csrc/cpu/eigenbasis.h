@@ -43,16 +43,15 @@ IHVP_INLINE void multiply_rows(const Rows& x, int64_t first, int64_t count, cons
     int64_t stride = row_stride(x);
     if (basis.depth <= most_depth && data != nullptr && stride != 0 && count % tile_rows == 0)
         return product(Lying<T>{data, stride, basis.depth, count}, 0, count, basis, 0, basis.count(), finish);
-    Panels<T> part{scratch, basis.depth, count};
-    for (int64_t p = 0; p < part.count(); ++p) pack_transposed(part, p, x, first);
+    Left<T> part{scratch, basis.depth, count};
+    for (int64_t u = 0; u < part.units(); ++u) pack_transposed(part, u, x, first);
     product(part, 0, count, basis, 0, basis.count(), finish);
 }
 
 // out[m, c] = sum_k x[m, k] U[k, c] for the positions first.. of x, as panels with k = m; squared where asked.
 // `scratch` holds task_size of d elements per thread.
-template <class T, bool square>
-void project(const Panels<T>& out, const Rows& x, int64_t first, const Panels<T>& basis, T* scratch, int threads) {
-    constexpr int64_t W = Panels<T>::width;
+template <class T, bool square, int64_t W>
+void project(const Panels<T, W>& out, const Rows& x, int64_t first, const Panels<T>& basis, T* scratch, int threads) {
     if (!basis.data) {
         pack_straight(out, x, first, threads);
         if (square) {
@@ -63,7 +62,7 @@ void project(const Panels<T>& out, const Rows& x, int64_t first, const Panels<T>
         }
         return;
     }
-    StorePanels<T, square> finish{out};
+    StorePanels<T, square, W> finish{out};
     int64_t rows = rows_of_a_task<T>(out.depth, threads);
     parallel(threads, ceil_div(out.depth, rows), [&](int64_t block, int thread) {
         int64_t at = block * rows;

@@ -13,11 +13,11 @@ int64_t positions_of_chunk(int64_t O, int64_t I) { return most(768, least(1024, 
 
 // Lambda += sum over the chunk, a tile at a time: one tile is owned by one thread and sums its examples in order.
 template <class T, class S>
-void add_squares(const View& Lambda, const Panels<T>& d, const Panels<T>& x, int64_t positions, int threads) {
+void add_squares(const View& Lambda, const Left<T>& d, const Panels<T>& x, int64_t positions, int threads) {
     constexpr int64_t W = Panels<T>::width;
     auto add = matrix_target<T, S, true>(Lambda);
     if (positions == 1) return product<T, false>(d, x, threads, add);  // the panels hold squares
-    parallel(threads, d.count() * x.count(), [&](int64_t task, int) {
+    parallel(threads, ceil_div(d.columns, W) * x.count(), [&](int64_t task, int) {
         int64_t p = task % x.count(), first = task / x.count() * W;
         for (int64_t i = first; i < least(d.columns, first + W); i += tile_rows) {
             Tile<T> tile, sum = {};
@@ -42,13 +42,13 @@ Status project_first(const View& Lambda, const Rows& a, const Rows& delta, int64
     space.plan<T>(basis_size<T>(U_A, I));
     space.plan<T>(basis_size<T>(U_G, O));
     space.plan<T>(Panels<T>::size(depth, I));
-    space.plan<T>(Panels<T>::size(depth, O));
+    space.plan<T>(Left<T>::size(depth, O));
     space.plan<T>(threads * task_size<T>(most(I, O)));
     if (!space.allocate()) return Status::out_of_memory;
     Panels<T> basis_A = pack_basis<T>(space, U_A, I, false, threads);
     Panels<T> basis_G = pack_basis<T>(space, U_G, O, false, threads);
     Panels<T> x{space.take<T>(Panels<T>::size(depth, I)), depth, I};
-    Panels<T> d{space.take<T>(Panels<T>::size(depth, O)), depth, O};
+    Left<T> d{space.take<T>(Left<T>::size(depth, O)), depth, O};
     T* scratch = space.take<T>(threads * task_size<T>(most(I, O)));
     for (int64_t first = 0; first < N; first += examples) {
         x.depth = d.depth = least(examples, N - first) * positions;

@@ -11,7 +11,7 @@ namespace {
 // Stores into panels, divided by (Lambda + damping) of the tile's place; the tile's rows are inputs.
 template <class T>
 struct StoreDivided {
-    Panels<T> out;
+    Left<T> out;
     Rows eigenvalues;  // transposed: row i, column o
     T damping;
     IHVP_INLINE void operator()(const Tile<T>& tile, int64_t i, int64_t j) const {
@@ -22,10 +22,10 @@ struct StoreDivided {
         for (int r = 0; r < rows; ++r) {
             eigenvalues.read(divisors + r * W, i + r, j, j + columns);
             for (int64_t c = columns; c < W; ++c) divisors[r * W + c] = 1;  // padding: never infinite
-            T* row = out.at(i + r, j);
             for (int v = 0; v < tile_vectors; ++v) {
                 Vec<T> x = v < tile.vectors ? tile.acc[r][v] : Vec<T>{};
-                store(row + v * Lanes<T>::width, x / (load(divisors + r * W + v * Lanes<T>::width) + damping));
+                int64_t c = v * Lanes<T>::width;
+                out.put(i + r, j + c, x / (load(divisors + r * W + c) + damping));
             }
         }
     }
@@ -77,22 +77,23 @@ Status run(const View& out, const View& V, const View& U_A, const View& U_G, con
     Rows eigenvalues = matrix_rows(Lambda, true);
     for (int64_t q0 = 0; q0 < Q; q0 += together) {
         int64_t count = least(together, Q - q0);
-        auto y = [&](int64_t q) { return Panels<T>{memory_y + q * by_input, I, O}; };
-        auto x = [&](int64_t q) { return Panels<T>{memory_x + q * by_output, O, I}; };
-        auto z = [&](int64_t q) { return Panels<T>{memory_z + q * by_input, I, O}; };
+        auto v = [&](int64_t q) { return Left<T>{memory_y + q * by_input, I, O}; };
+        auto x = [&](int64_t q) { return Left<T>{memory_x + q * by_output, O, I}; };
+        auto y = [&](int64_t q) { return Panels<T>{memory_y + q * by_input, I, O}; };  // where several divide it
+        auto z = [&](int64_t q) { return Left<T>{memory_z + q * by_input, I, O}; };
+        auto w = [&](int64_t q) { return Panels<T>{memory_x + q * by_output, O, I}; };
         Panels<T> U = basis(U_A, I, false);
         by_blocks(count, O, [&](int64_t q, int64_t first, int64_t end) {  // V U_A: k = o
             Rows rows = matrix_rows(entry(V, q0 + q));
-            for (int64_t p = first / Panels<T>::width; p * Panels<T>::width < end; ++p)
-                pack_transposed(y(q), p, rows, 0);
-            product(y(q), first, end, U, 0, U.count(), StorePanels<T, false>{x(q)});
+            for (int64_t u = first / Left<T>::unit; u * Left<T>::unit < end; ++u) pack_transposed(v(q), u, rows, 0);
+            product(v(q), first, end, U, 0, U.count(), StorePanels<T, false, tile_rows>{x(q)});
         });
         U = basis(U_G, O, false);
         by_blocks(count, I, [&](int64_t q, int64_t first, int64_t end) {  // (U_G^T V U_A)^T: k = i
             if (D > 1) {
                 product(x(q), first, end, U, 0, U.count(), StorePanels<T, false>{y(q)});
             } else {
-                product(x(q), first, end, U, 0, U.count(), StoreDivided<T>{y(q), eigenvalues, T(damping[0])});
+                product(x(q), first, end, U, 0, U.count(), StoreDivided<T>{z(q), eigenvalues, T(damping[0])});
             }
         });
         for (int64_t d = 0; d < D; ++d) {
@@ -103,11 +104,13 @@ Status run(const View& out, const View& V, const View& U_A, const View& U_G, con
             }
             U = basis(U_A, I, true);
             by_blocks(count, O, [&](int64_t q, int64_t first, int64_t end) {  // k = o'
-                product(z(q), first, end, U, 0, U.count(), StorePanels<T, false>{x(q)});
+                product(z(q), first, end, U, 0, U.count(), StorePanels<T, false>{w(q)});
             });
-            U = basis(U_G, O, true);
+            Left<T> rows_G{basis_memory, O, O};
+            pack_straight(rows_G, matrix_rows(U_G, true), 0, threads);
             by_blocks(count, O, [&](int64_t q, int64_t first, int64_t end) {
-                product(U, first, end, x(q), 0, x(q).count(), matrix_target<T, T, false>(entry(entry(out, d), q0 + q)));
+                product(rows_G, first, end, w(q), 0, w(q).count(),
+                        matrix_target<T, T, false>(entry(entry(out, d), q0 + q)));
             });
         }
     }

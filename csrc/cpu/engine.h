@@ -58,27 +58,46 @@ void parallel(int threads, int64_t count, const F& task) {
     for (int64_t i = 0; i < count; ++i) task(i, 0);
 }
 
-template <class T>
+template <class T, int64_t panel = Lanes<T>::panel>
 struct Panels {
     T* data;
     int64_t depth, columns;
-    static constexpr int64_t width = Lanes<T>::panel;
+    static constexpr int64_t width = panel;
+    static constexpr int64_t unit = panel < Lanes<T>::width ? Lanes<T>::width : panel;  // columns packed at a time
 
     int64_t count() const { return ceil_div(columns, width); }
+    int64_t units() const { return ceil_div(columns, unit); }
     T* at(int64_t row, int64_t column) const { return data + (column / width * depth + row) * width + column % width; }
     static constexpr int64_t next_k = width;  // within a tile
     static constexpr int64_t next_column() { return 1; }
     static int64_t size(int64_t depth, int64_t columns) { return ceil_div(columns, width) * width * depth; }
+
+    // A vector of a row from `column` on, which begins a vector of the row.
+    IHVP_INLINE void put(int64_t row, int64_t column, Vec<T> x) const {
+        constexpr int lanes = Lanes<T>::width;
+        if constexpr (width >= lanes) {
+            store(at(row, column), x);
+        } else {
+            T values[lanes];
+            store(values, x);
+            for (int64_t c = 0; c < lanes && column + c < count() * width; c += width)
+                std::memcpy(at(row, column + c), values + c, width * sizeof(T));
+        }
+    }
 };
 
-// Rows of the source become columns of the panels: here the columns of one panel and the rows k0..k1. They are taken
-// a square of lanes at a time, from the source as it lies or through a buffer.
+// X where it is no Y as well: the columns of a tile lie together, and what a tile reads is all its own.
 template <class T>
-void pack_transposed(const Panels<T>& out, int64_t panel, const Rows& in, int64_t first_row, int64_t k0, int64_t k1) {
-    constexpr int64_t W = Panels<T>::width, block = 128;
+using Left = Panels<T, tile_rows>;
+
+// Rows of the source become columns of the panels: here the columns of one unit and the rows k0..k1. They are taken
+// a square of lanes at a time, from the source as it lies or through a buffer.
+template <class T, int64_t W>
+void pack_transposed(const Panels<T, W>& out, int64_t u, const Rows& in, int64_t first_row, int64_t k0, int64_t k1) {
+    constexpr int64_t unit = Panels<T, W>::unit, block = 128;
     constexpr int lanes = Lanes<T>::width;
     T buffer[lanes * block];
-    for (int64_t c0 = panel * W; c0 < (panel + 1) * W; c0 += lanes) {
+    for (int64_t c0 = u * unit; c0 < (u + 1) * unit; c0 += lanes) {
         int64_t count = most(0, least(lanes, out.columns - c0));
         const T* source[lanes] = {};
         for (int64_t c = 0; c < count; ++c) source[c] = lying_row<T>(in, first_row + c0 + c);
@@ -87,7 +106,7 @@ void pack_transposed(const Panels<T>& out, int64_t panel, const Rows& in, int64_
             Vec<T> square[lanes];
             for (int64_t c = 0; c < lanes; ++c) square[c] = c < count ? load(source[c] + offset) : Vec<T>{};
             transpose<T>(square);
-            for (int64_t r = 0; r < rows; ++r) store(out.at(k + r, c0), square[r]);
+            for (int64_t r = 0; r < rows; ++r) out.put(k + r, c0, square[r]);
             k += rows;
         };
         while (k < k0 + direct) take(k, lanes);
@@ -104,13 +123,13 @@ void pack_transposed(const Panels<T>& out, int64_t panel, const Rows& in, int64_
 
 // Rows of the source become rows k of the panels: here rows k0..k1 from a column on, read whole so that each is found
 // once.
-template <class T>
-void pack_straight(const Panels<T>& out, const Rows& in, int64_t first_row, int64_t k0, int64_t k1,
+template <class T, int64_t W>
+void pack_straight(const Panels<T, W>& out, const Rows& in, int64_t first_row, int64_t k0, int64_t k1,
                    int64_t first_column = 0) {
-    constexpr int64_t W = Panels<T>::width, block = 1024 / W * W;
+    constexpr int64_t block = 1024 / W * W;
     if (lies_by_columns(in)) {
         Rows columns = exchanged(in, first_row);
-        for (int64_t p = 0; p < out.count(); ++p) pack_transposed(out, p, columns, first_column, k0, k1);
+        for (int64_t u = 0; u < out.units(); ++u) pack_transposed(out, u, columns, first_column, k0, k1);
         return;
     }
     T buffer[block];
@@ -124,28 +143,28 @@ void pack_straight(const Panels<T>& out, const Rows& in, int64_t first_row, int6
     }
 }
 
-template <class T>
-void pack_transposed(const Panels<T>& out, int64_t panel, const Rows& in, int64_t first_row) {
-    constexpr int64_t W = Panels<T>::width;
+template <class T, int64_t W>
+void pack_transposed(const Panels<T, W>& out, int64_t u, const Rows& in, int64_t first_row) {
+    constexpr int64_t unit = Panels<T, W>::unit;
     if (lies_by_columns(in)) {
-        Panels<T> own{out.at(0, panel * W), out.depth, least(W, out.columns - panel * W)};
-        Rows straight = exchanged(in, first_row + panel * W);
+        Panels<T, W> own{out.at(0, u * unit), out.depth, least(unit, out.columns - u * unit)};
+        Rows straight = exchanged(in, first_row + u * unit);
         return pack_straight(own, straight, 0, 0, out.depth);
     }
-    pack_transposed(out, panel, in, first_row, 0, out.depth);
+    pack_transposed(out, u, in, first_row, 0, out.depth);
 }
 
-template <class T>
-void pack_straight(const Panels<T>& out, const Rows& in, int64_t first_row, int threads) {
+template <class T, int64_t W>
+void pack_straight(const Panels<T, W>& out, const Rows& in, int64_t first_row, int threads) {
     constexpr int64_t rows = 64;  // a task: enough to be worth handing out
     parallel(threads, ceil_div(out.depth, rows), [&](int64_t block, int) {
         pack_straight(out, in, first_row, block * rows, least(out.depth, (block + 1) * rows));
     });
 }
 
-template <class T>
-void pack_transposed(const Panels<T>& out, const Rows& in, int64_t first_row, int threads) {
-    parallel(threads, out.count(), [&](int64_t p, int) { pack_transposed(out, p, in, first_row); });
+template <class T, int64_t W>
+void pack_transposed(const Panels<T, W>& out, const Rows& in, int64_t first_row, int threads) {
+    parallel(threads, out.units(), [&](int64_t u, int) { pack_transposed(out, u, in, first_row); });
 }
 
 // Rows of the source as columns of X, from where they lie: whole tiles of them.
@@ -302,8 +321,8 @@ IHVP_INLINE void product(const X& x, int64_t i0, int64_t i1, const Panels<T>& y,
 }
 
 // All of X^T Y, or the tiles on and above its diagonal, parallel over blocks of X by groups of panels of Y.
-template <class T, bool upper, class Finish>
-void product(const Panels<T>& x, const Panels<T>& y, int threads, const Finish& finish) {
+template <class T, bool upper, class X, class Finish>
+void product(const X& x, const Panels<T>& y, int threads, const Finish& finish) {
     constexpr int64_t W = Panels<T>::width, group = 4;
     int64_t blocks = ceil_div(x.columns, product_rows<T>), groups = ceil_div(y.count(), group);
     parallel(threads, blocks * groups, [&](int64_t task, int) {

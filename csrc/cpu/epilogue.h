@@ -7,16 +7,15 @@ namespace IHVP_ISA {
 namespace {
 
 // Tile rows i.. become rows k of `out`. Rows past the end of X are dropped, columns past the end are zero.
-template <class T, bool square>
+template <class T, bool square, int64_t W = Panels<T>::width>
 struct StorePanels {
-    Panels<T> out;
+    Panels<T, W> out;
     IHVP_INLINE void operator()(const Tile<T>& tile, int64_t i, int64_t j) const {
         int rows = int(least(tile_rows, out.depth - i));
         for (int r = 0; r < rows; ++r) {
-            T* row = out.at(i + r, j);
             for (int v = 0; v < tile_vectors; ++v) {
                 Vec<T> x = v < tile.vectors ? tile.acc[r][v] : Vec<T>{};
-                store(row + v * Lanes<T>::width, square ? x * x : x);
+                out.put(i + r, j + v * Lanes<T>::width, square ? x * x : x);
             }
         }
     }

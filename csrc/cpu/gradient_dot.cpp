@@ -16,23 +16,24 @@ Status query_first(const View& out, const View& P, const Rows& a, const Rows& de
     int64_t Q = P.shape[0], I = a.features, O = delta.features;
     int64_t examples = chunk_of_examples(N, positions, chunk_positions), depth = examples * positions;
     Workspace space;
-    space.plan<T>(Panels<T>::size(O, depth));
+    space.plan<T>(Left<T>::size(O, depth));
     space.plan<T>(Panels<T>::size(depth, I));
     space.plan<T>(threads * (O * group + depth * lanes));
     space.plan<T>(Q * depth);
     if (!space.allocate()) return Status::out_of_memory;
-    T* memory_d = space.take<T>(Panels<T>::size(O, depth));
+    T* memory_d = space.take<T>(Left<T>::size(O, depth));
     T* memory_x = space.take<T>(Panels<T>::size(depth, I));
     T* scratch = space.take<T>(threads * (O * group + depth * lanes));
     T* dots = space.take<T>(Q * depth);
     T* result = static_cast<T*>(out.data);
     for (int64_t first = 0; first < N; first += examples) {
         int64_t count = least(examples, N - first), rows = count * positions;
-        Panels<T> d{memory_d, O, rows}, x{memory_x, rows, I};
+        Left<T> d{memory_d, O, rows};
+        Panels<T> x{memory_x, rows, I};
         pack_transposed(d, delta, first * positions, threads);
         pack_straight(x, a, first * positions, threads);
-        int64_t blocks = Q >= 2 * threads ? 1 : least(d.count(), ceil_div(2 * threads, Q));
-        int64_t block = ceil_div(d.count(), blocks) * W;
+        int64_t panels = ceil_div(rows, W), blocks = Q >= 2 * threads ? 1 : least(panels, ceil_div(2 * threads, Q));
+        int64_t block = ceil_div(panels, blocks) * W;
         parallel(threads, Q * blocks, [&](int64_t task, int thread) {
             int64_t q = task / blocks, i0 = task % blocks * block, i1 = least(rows, i0 + block);
             T* packed = scratch + thread * (O * group + depth * lanes);
