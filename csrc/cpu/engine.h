@@ -72,11 +72,11 @@ struct Panels {
     static constexpr int64_t next_column() { return 1; }
     static int64_t size(int64_t depth, int64_t columns) { return ceil_div(columns, width) * width * depth; }
 
-    // A vector of a row from `column` on, which begins a vector of the row.
+    // A vector of a row from `column` on, which begins a vector of the row; what lies past the last panel is dropped.
     IHVP_INLINE void put(int64_t row, int64_t column, Vec<T> x) const {
         constexpr int lanes = Lanes<T>::width;
         if constexpr (width >= lanes) {
-            store(at(row, column), x);
+            if (width >= Lanes<T>::panel || column < count() * width) store(at(row, column), x);
         } else {
             T values[lanes];
             store(values, x);
