@@ -67,7 +67,7 @@ void project(const Panels<T, W>& out, const Rows& x, int64_t first, const Panels
     parallel(threads, ceil_div(out.depth, rows), [&](int64_t block, int thread) {
         int64_t at = block * rows;
         multiply_rows(x, first + at, least(rows, out.depth - at), basis, scratch + thread * task_size<T>(basis.depth),
-                      shifted(finish, at, 0));
+                      [&](const Tile<T>& tile, int64_t i, int64_t j) { finish(tile, at + i, j); });
     });
 }
 

@@ -22,7 +22,7 @@ Status run(const View& out, const View& x, const View& U, const View& mask, bool
     parallel(threads, ceil_div(rows.count, height), [&](int64_t block, int thread) {
         int64_t first = block * height;
         multiply_rows(rows, first, least(height, rows.count - first), basis, scratch + thread * task_size<T>(d),
-                      shifted(finish, first, 0));
+                      [&](const Tile<T>& tile, int64_t i, int64_t j) { finish(tile, first + i, j); });
     });
     return Status::ok;
 }

@@ -21,23 +21,6 @@ struct StorePanels {
     }
 };
 
-// Finishes a tile of a part at its place in the whole.
-template <class Finish>
-struct Shifted {
-    const Finish& finish;
-    int64_t row, column;
-    template <class T>
-    IHVP_INLINE void operator()(const Tile<T>& tile, int64_t i, int64_t j) const {
-        finish(tile, row + i, column + j);
-    }
-    IHVP_INLINE void fetch(int64_t i, int64_t j) const { fetch_for(finish, row + i, column + j); }
-};
-
-template <class Finish>
-Shifted<Finish> shifted(const Finish& finish, int64_t row, int64_t column) {
-    return {finish, row, column};
-}
-
 // out[i, j] (= or +=) tile, for a matrix of any strides, float or double.
 template <class T, class S, bool add>
 struct StoreMatrix {
