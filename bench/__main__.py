@@ -21,14 +21,14 @@ def main() -> None:
     command = commands.add_parser("pipeline", help="EKFAC end to end against other libraries")
     command.add_argument("--device", choices=DEVICES, default="cpu", help="cuda: a net of GPT-2 small's shape, alone")
     command.add_argument("--model", choices=tuple(SETTINGS), help="on the CPU; default: all, quick: the mlp")
-    command.add_argument("--quick", action="store_true", help="fewer repeats")
+    command.add_argument("--quick", action="store_true", help="fewer repeats, and kronfluence alone")
     command.add_argument("--output", type=Path, help="append JSON lines to this file")
     command.add_argument(
         "--precision", choices=("highest", "high"), default="highest", help="torch's float32 matmul precision, for both"
     )
     command = commands.add_parser("ops", help="every op against float64, the machine's peak, libraries and the peer")
     command.add_argument("--device", choices=DEVICES, default="cpu", help="cuda: the kernels, as bench gpu does")
-    command.add_argument("--quick", action="store_true", help="only the cases with goals, fewer samples")
+    command.add_argument("--quick", action="store_true", help="only the cases with goals and the rivals in them, fewer samples")
     command.add_argument("--threads", type=int, choices=(1, 2), default=2, help="of the ops; default: %(default)s")
     command.add_argument("--only", default="", metavar="PATTERN", help="cases whose name fits *PATTERN*")
     command.add_argument("--output", type=Path, help="append JSON lines to this file")
@@ -68,6 +68,7 @@ def main() -> None:
     child.add_argument("threads", type=int)
     child = commands.add_parser("_memory")
     child.add_argument("threads", type=int)
+    child.add_argument("growth", type=int)
     child = commands.add_parser("_method")
     child.add_argument("name")
     child.add_argument("folder", type=Path)
@@ -95,7 +96,7 @@ def main() -> None:
     elif arguments.command == "report":
         report.run(arguments.file)
     elif arguments.command == "_memory":
-        print(json.dumps(memory.measure_all(json.load(sys.stdin), arguments.threads)))
+        print(json.dumps(memory.measure_all(json.load(sys.stdin), arguments.threads, arguments.growth)))
     elif arguments.command == "pipeline":
         models = [arguments.model] if arguments.model else list(SETTINGS)[: 1 if arguments.quick else None]
         pipeline.run(models, arguments.quick, arguments.output, arguments.precision)

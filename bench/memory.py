@@ -1,6 +1,6 @@
 """Extra memory of the fused ops: the peak resident size above operands and result, each call in a process of its own.
 
-"Independent of N" means less than one tile of O I numbers more at eight times the examples; "below three tiles" counts
+"Independent of N" means less than one tile of O I numbers more at `growth` times the examples; "below three tiles" counts
 tiles of O I numbers in the op's type, for each thread.
 """
 
@@ -21,7 +21,7 @@ from bench import problems
 from bench.measure import forget_peak_memory, peak_memory, status_bytes
 from bench.problem import Problem
 
-GROWTH, TILES = 8, 3
+TILES = 3
 
 # The ops of the table with a number of examples that holds whole chunks of the kernels; O = I = 768 or 1024.
 LINES: dict[str, tuple[Callable[[int], Problem], int, int]] = {
@@ -61,16 +61,16 @@ def in_a_child(name: str, examples: int, threads: int) -> int:
     return int(answer)
 
 
-def measure_all(names: list[str], threads: int) -> dict[str, list[int]]:
-    """Of each line the bytes for N and for GROWTH N examples. The process must not have run a parallel region yet."""
-    return {name: [in_a_child(name, times * LINES[name][1], threads) for times in (1, GROWTH)] for name in names}
+def measure_all(names: list[str], threads: int, growth: int) -> dict[str, list[int]]:
+    """Of each line the bytes for N and for growth N examples. The process must not have run a parallel region yet."""
+    return {name: [in_a_child(name, times * LINES[name][1], threads) for times in (1, growth)] for name in names}
 
 
-def extra_memory(threads: int, pattern: str) -> list[dict[str, Any]]:
+def extra_memory(threads: int, pattern: str, growth: int) -> list[dict[str, Any]]:
     names = [name for name in LINES if fnmatchcase(name, f"*{pattern}*")]
     if not names:
         return []
-    command = [sys.executable, "-W", "ignore", "-m", "bench", "_memory", str(threads)]
+    command = [sys.executable, "-W", "ignore", "-m", "bench", "_memory", str(threads), str(growth)]
     done = subprocess.run(command, input=json.dumps(names), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"the measurement of memory failed:\n{done.stdout}\n{done.stderr}")
@@ -83,7 +83,7 @@ def extra_memory(threads: int, pattern: str) -> list[dict[str, Any]]:
                 "bench": "memory",
                 "case": name,
                 "threads": threads,
-                "examples": [examples, GROWTH * examples],
+                "examples": [examples, growth * examples],
                 "bytes": [few, many],
                 "limit": limit,
                 "met": many < limit and many - few < 4 * tile,

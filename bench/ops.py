@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import CASES, Case, Goal
-from bench.measure import FULL, QUICK, Effort, Timing, check, machine, once, race, relative_error, write
+from bench.measure import FULL, QUICK, Timing, check, machine, once, race, relative_error, write
 from bench.memory import extra_memory
 from bench.problem import Problem
 from bench.products import is_amd, processor_case, threads
@@ -27,9 +27,11 @@ OURS = "ihvp"
 TOLERANCES = {torch.float32: 2e-5, torch.float64: 1e-13}
 
 
-def checked(case: Case, problem: Problem, runs: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
+def checked(
+    case: Case, problem: Problem, reference: Tensor, runs: dict[str, Callable[[], Tensor]]
+) -> dict[str, float]:
     """Every answer against float64; returns the seconds of each call."""
-    reference, limit = problem.reference(), TOLERANCES[problem.dtype]
+    limit = TOLERANCES[problem.dtype]
     seconds = {}
     for name, run in runs.items():
         if problem.target is not None:
@@ -53,13 +55,16 @@ def counts(goal: Goal) -> bool:
     return goal.against not in TORCH_MM or is_amd()
 
 
-def measured(case: Case, default_threads: int, copy: dict[int, dict[str, float]], effort: Effort) -> dict[str, Any]:
+def measured(case: Case, default_threads: int, copy: dict[int, dict[str, float]], quick: bool) -> dict[str, Any]:
     count = case.threads or default_threads
     problem = case.make()
-    runs: dict[str, Callable[[], Any]] = {OURS: problem.run} | {rival.name: rival.run for rival in problem.rivals}
-    families = {rival.name: rival.family for rival in problem.rivals}
+    wanted = {family for goal in case.goals for family in (LIBRARIES if goal.against == "library" else [goal.against])}
+    rivals = [rival for rival in problem.rivals if not quick or rival.family in wanted]
+    runs: dict[str, Callable[[], Any]] = {OURS: problem.run} | {rival.name: rival.run for rival in rivals}
+    families = {rival.name: rival.family for rival in rivals}
     with threads(count):
-        first = checked(case, problem, runs)
+        reference = problem.reference()
+        first = checked(case, problem, reference, runs)
         if any(goal.against == "one thread" for goal in case.goals):
 
             def one_thread() -> Tensor:
@@ -68,9 +73,9 @@ def measured(case: Case, default_threads: int, copy: dict[int, dict[str, float]]
 
             runs["one thread"], families["one thread"], first["one thread"] = one_thread, "one thread", 2 * first[OURS]
         peak = Peak(str(problem.dtype).removeprefix("torch."), count)
-        timings = race({**runs, "peak": peak}, {**first, "peak": peak.first}, effort)
+        timings = race({**runs, "peak": peak}, {**first, "peak": peak.first}, QUICK if quick else FULL)
         explanation = problem.explain()
-    own, rate = timings[OURS].median, peak.rate(timings.pop("peak"))
+    own, rate, moved = timings[OURS].median, peak.rate(timings.pop("peak")), problem.bytes(reference)
     share = problem.flops / own / rate
     goals = []
     for goal in case.goals:
@@ -93,10 +98,10 @@ def measured(case: Case, default_threads: int, copy: dict[int, dict[str, float]]
         "implementation": explanation.implementation,
         "order": explanation.order,
         "flops": problem.flops,
-        "bytes": problem.bytes,
+        "bytes": moved,
         "peak_flops": rate,
         "share_of_peak": share,
-        "share_of_copy": problem.bytes / own / copy[count]["copy"],
+        "share_of_copy": moved / own / copy[count]["copy"],
         "seconds": timings,
         "families": families,
         "goals": goals,
@@ -105,16 +110,15 @@ def measured(case: Case, default_threads: int, copy: dict[int, dict[str, float]]
 
 def run(quick: bool, default_threads: int, pattern: str, output: Path | None) -> None:
     """Print each case as it is measured and the tables at the end; append the records to `output`."""
-    effort = QUICK if quick else FULL
     offered = [case for case in CASES if case.goals or not quick]
     chosen = [case for case in offered if fnmatchcase(case.name, f"*{pattern}*")]
     if not chosen:
         raise SystemExit(f"--only {pattern!r} fits no case; there are: " + "; ".join(case.name for case in offered))
     used = sorted({case.threads or default_threads for case in chosen})
-    copy = {count: rates(count, effort) for count in used}
+    copy = {count: rates(count, QUICK if quick else FULL) for count in used}
     roofline = [{"bench": "roofline", "threads": count, "rates": own} for count, own in copy.items()]
     records: list[dict[str, Any]] = [{"bench": "processor", "case": processor_case(), "machine": machine()}, *roofline]
-    records += [measured(case, default_threads, copy, effort) for case in chosen]
-    records += extra_memory(default_threads, pattern)
+    records += [measured(case, default_threads, copy, quick) for case in chosen]
+    records += extra_memory(default_threads, pattern, 2 if quick else 8)
     report(records)
     write(output, records)

@@ -60,12 +60,10 @@ class Problem:
     def explain(self) -> Explanation:
         return ihvp.explain(getattr(ops, self.op), **self.arguments)
 
-    @property
-    def bytes(self) -> int:
-        """Operands read once, result written once."""
+    def bytes(self, result: Tensor) -> int:
+        """Operands read once, a result of this shape written once."""
         tensors = [x for x in self.arguments.values() if isinstance(x, Tensor)]
-        result = self.run() if self.target is None else self.target
-        return sum(x.numel() * x.element_size() for x in [*tensors, result])
+        return sum(x.numel() * x.element_size() for x in tensors) + result.numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

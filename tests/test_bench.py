@@ -49,7 +49,7 @@ SMALL: list[tuple[str, Callable[[], Problem]]] = [
 def test_op_and_rivals_compute_the_same(make: Callable[[], Problem]) -> None:
     problem = make()
     reference = problem.reference()
-    assert reference.dtype == torch.float64 and problem.flops > 0 and problem.bytes > 0
+    assert reference.dtype == torch.float64 and problem.flops > 0 and problem.bytes(reference) > 0
     for run in (problem.run, *(rival.run for rival in problem.rivals)):
         if problem.target is not None:
             problem.target.zero_()
@@ -75,7 +75,7 @@ def test_threads_are_set_and_given_back() -> None:
 def test_a_wrong_answer_stops_the_bench(wrong: float) -> None:
     problem = problems.plain_product(9, 7)
     with pytest.raises(SystemExit, match=r"wrong answer: .*bad.*was not timed"):
-        checked(CASES[0], problem, {"bad": lambda: problem.run() * wrong})
+        checked(CASES[0], problem, problem.reference(), {"bad": lambda: problem.run() * wrong})
     with pytest.raises(SystemExit, match="relative error nan"):
         check("something", float("nan"), 1.0)
 
@@ -112,7 +112,8 @@ def test_a_case_is_measured_and_reported(capsys: pytest.CaptureFixture[str], tmp
     from bench.cases import Case
 
     case = Case("small", lambda: problems.dot(2, 3, 4, 5, 7), (Goal("einsum", 2.0), Goal("peak", 0.9)), threads=1)
-    record = measured(case, 1, {1: {"copy": 1e9}}, QUICK)
+    record = measured(case, 1, {1: {"copy": 1e9}}, quick=True)
+    assert set(record["families"].values()) == {"einsum"}, "a quick run has the rivals of its goals alone"
     assert record["order"] in ("query_first", "gradient_first") and 0 < record["share_of_peak"] < 1
     from bench.measure import write
 
@@ -150,7 +151,7 @@ def test_an_order_can_be_forced_and_its_record_judges_the_choice() -> None:
 
 
 def test_memory_lines_that_do_not_fit_the_pattern_are_left_out() -> None:
-    assert extra_memory(1, "no such op") == []
+    assert extra_memory(1, "no such op", 2) == []
 
 
 # --- the pipeline ----------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def dot(Q: int, N: int, T: int, O: int, I: int, per_token: bool = False) -> Prob
     return Problem(
         "gradient_dot",
         {"P": P, "a": own.a, "delta": own.delta, "per_token": per_token},
-        lambda: (query_first if per_token else gradient_first)(torch.mm, P.double(), x.double(), d.double()),
+        lambda: (query_first if per_token or T == 1 else gradient_first)(torch.mm, P.double(), x.double(), d.double()),
         (peer, *einsums, *rivals),
         flops=2 * Q * M * p if per_token else min(2 * Q * M * p, 2 * M * p + 2 * Q * N * p),
     )

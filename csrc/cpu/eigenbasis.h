@@ -74,21 +74,22 @@ void project(const Panels<T, W>& out, const Rows& x, int64_t first, const Panels
 // The same with the roles exchanged: panels with k = c and the positions as columns, for the products that
 // contract over features.
 template <class T, bool square>
-void project_features(const Panels<T>& out, const Rows& x, int64_t first, const Panels<T>& basis, T* scratch,
+void project_features(const Left<T>& out, const Rows& x, int64_t first, const Panels<T>& basis, T* scratch,
                       int threads) {
     constexpr int64_t W = Panels<T>::width;
-    parallel(threads, out.count(), [&](int64_t p, int thread) {
-        Panels<T> target{out.at(0, p * W), out.depth, least(W, out.columns - p * W)};
+    parallel(threads, ceil_div(out.columns, W), [&](int64_t p, int thread) {
+        Left<T> target{out.at(0, p * W), out.depth, least(W, out.columns - p * W)};
         if (!basis.data) {
-            pack_transposed(target, 0, x, first + p * W);
+            for (int64_t u = 0; u < target.units(); ++u) pack_transposed(target, u, x, first + p * W);
             if (square) {
-                for (int64_t e = 0; e < target.depth * W; ++e) target.data[e] *= target.data[e];
+                for (int64_t e = 0; e < Left<T>::size(target.depth, target.columns); ++e)
+                    target.data[e] *= target.data[e];
             }
             return;
         }
         Panels<T> part{scratch + thread * task_size<T>(basis.depth), basis.depth, target.columns};
         pack_transposed(part, 0, x, first + p * W);
-        product(basis, 0, basis.columns, part, 0, 1, StorePanels<T, square>{target});
+        product(basis, 0, basis.columns, part, 0, 1, StorePanels<T, square, tile_rows>{target});
     });
 }
 

@@ -32,7 +32,7 @@ Status run(const View& out, const Rows& a, const Rows& delta, int64_t N, int64_t
     int64_t I = a.features, O = delta.features;
     bool single = positions == 1;
     int64_t examples = chunk_of_examples(N, positions, chunk_positions), depth = examples * positions;
-    int64_t size_d = single ? Panels<T>::size(O, depth) : Panels<T>::size(depth, O);
+    int64_t size_d = single ? Left<T>::size(O, depth) : Left<T>::size(depth, O);
     Workspace space;
     space.plan<T>(basis_size<T>(U_A, I));
     space.plan<T>(basis_size<T>(U_G, O));
@@ -52,7 +52,7 @@ Status run(const View& out, const Rows& a, const Rows& delta, int64_t N, int64_t
         int64_t count = least(examples, N - first);
         x.depth = count * positions;
         if (single) {
-            Panels<T> d{memory_d, O, count};
+            Left<T> d{memory_d, O, count};
             project<T, true>(x, a, first, basis_A, scratch, threads);
             project_features<T, true>(d, delta, first, basis_G, scratch, threads);
             parallel(threads, ceil_div(count, tile_rows), [&](int64_t block, int) {
@@ -69,7 +69,7 @@ Status run(const View& out, const Rows& a, const Rows& delta, int64_t N, int64_t
                 for (int r = 0; r < rows; ++r) result[(first + i + r) * out.stride[0]] = sum_lanes<T>(sums[r]);
             });
         } else {
-            Panels<T> d{memory_d, count * positions, O};
+            Left<T> d{memory_d, count * positions, O};
             project<T, false>(x, a, first * positions, basis_A, scratch, threads);
             project<T, false>(d, delta, first * positions, basis_G, scratch, threads);
             parallel(threads, count, [&](int64_t n, int) {

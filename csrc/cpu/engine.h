@@ -4,7 +4,8 @@
 //     tile[i, j] = sum_k X[k, i] Y[k, j]
 // An operand is packed into panels of PANEL columns, panel p holding rows 0..depth contiguously:
 //     X[k, p * PANEL + c] = data[(p * depth + k) * PANEL + c],   columns past the end are zero.
-// An operand that is X alone may be packed by tiles instead, PANEL being tile_rows (Left), or read where it lies (Lying).
+// An operand that is X alone may be packed by tiles instead, PANEL being tile_rows (Left), or read where it lies
+// (Lying).
 // The tile of a product comes out with its own rows in k order of the next product, so chained products
 // (rotate, divide, rotate back) store straight into panels and never repack. What happens to a finished tile
 // is a template argument, called as finish(tile, i, j): store, add, square and add, row dot.

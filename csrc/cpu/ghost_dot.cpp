@@ -29,7 +29,7 @@ Status run(const View& out, const Rows& x1, const Rows& y1, int64_t positions1, 
            int64_t positions2, int threads) {
     constexpr int64_t W = Panels<T>::width;
     int64_t I = x1.features, O = y1.features, M = x1.count / positions1, results = x2.count / positions2;
-    int64_t depth = least(x2.count, chunk_positions), own = Panels<T>::size(I + O, block_rows);
+    int64_t depth = least(x2.count, chunk_positions), own = Left<T>::size(I + O, block_rows);
     Workspace space;
     space.plan<T>(Panels<T>::size(I, depth));
     space.plan<T>(Panels<T>::size(O, depth));
@@ -50,11 +50,11 @@ Status run(const View& out, const Rows& x1, const Rows& y1, int64_t positions1, 
             int64_t end = least(M, (task + 1) * group) * positions1;
             for (int64_t row = task * group * positions1; row < end; row += block_rows) {
                 int64_t height = least(block_rows, end - row);
-                Panels<T> left_x{scratch + thread * own, I, height};
-                Panels<T> left_y{left_x.data + Panels<T>::size(I, block_rows), O, height};
-                for (int64_t p = 0; p < left_x.count(); ++p) {
-                    pack_transposed(left_x, p, x1, row);
-                    pack_transposed(left_y, p, y1, row);
+                Left<T> left_x{scratch + thread * own, I, height};
+                Left<T> left_y{left_x.data + Left<T>::size(I, block_rows), O, height};
+                for (int64_t u = 0; u < left_x.units(); ++u) {
+                    pack_transposed(left_x, u, x1, row);
+                    pack_transposed(left_y, u, y1, row);
                 }
                 for (int64_t p = 0; p < right_x.count(); ++p) {
                     for (int64_t i = 0; i < height; i += tile_rows) {
