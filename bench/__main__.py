@@ -28,7 +28,7 @@ def main() -> None:
     )
     command = commands.add_parser("ops", help="every op against float64, the machine's peak, libraries and the peer")
     command.add_argument("--device", choices=DEVICES, default="cpu", help="cuda: the kernels, as bench gpu does")
-    command.add_argument("--quick", action="store_true", help="only the cases with goals and the rivals in them, fewer samples")
+    command.add_argument("--quick", action="store_true", help="only what has a goal, fewer samples")
     command.add_argument("--threads", type=int, choices=(1, 2), default=2, help="of the ops; default: %(default)s")
     command.add_argument("--only", default="", metavar="PATTERN", help="cases whose name fits *PATTERN*")
     command.add_argument("--output", type=Path, help="append JSON lines to this file")

@@ -1,7 +1,7 @@
 """Extra memory of the fused ops: the peak resident size above operands and result, each call in a process of its own.
 
-"Independent of N" means less than one tile of O I numbers more at `growth` times the examples; "below three tiles" counts
-tiles of O I numbers in the op's type, for each thread.
+"Independent of N" means less than one tile of O I numbers more at `growth` times the examples; "below three tiles"
+counts tiles of O I numbers in the op's type, for each thread.
 """
 
 from __future__ import annotations

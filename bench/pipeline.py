@@ -31,8 +31,8 @@ from bench.settings import SETTINGS, Setting, losses
 class Peer:
     """A version that the figures are about, and the times that this library must be faster: model -> step -> ratio.
 
-    A library runs the models it has an entry for, with `repeats`, or if it is in --quick once. One that takes longer than
-    `limit` seconds is given up, and the table says so.
+    A library runs the models it has an entry for, with `repeats`; in a quick run once, if it takes part. One that takes
+    longer than `limit` seconds is given up, and the table says so.
     """
 
     version: str
