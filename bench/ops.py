@@ -27,9 +27,7 @@ OURS = "ihvp"
 TOLERANCES = {torch.float32: 2e-5, torch.float64: 1e-13}
 
 
-def checked(
-    case: Case, problem: Problem, reference: Tensor, runs: dict[str, Callable[[], Tensor]]
-) -> dict[str, float]:
+def checked(case: Case, problem: Problem, reference: Tensor, runs: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
     """Every answer against float64; returns the seconds of each call."""
     limit = TOLERANCES[problem.dtype]
     seconds = {}
