@@ -84,6 +84,9 @@ def test_explain_knows_when_each_order_pays() -> None:
         for T, order in ((2, short), (300, long)):
             call = make(op, {"N": 64, "T": T, "I": 96, "O": 96, "Q": 2})
             assert ihvp.explain(getattr(ops, op), **call.arguments).order == order
+    for few, per_token in (("O", False), ("I", False), ("O", True)):
+        call = make("gradient_dot", {"N": 256, "T": 1, "I": 512, "O": 512, "Q": 64, few: 10})
+        assert ihvp.explain(ops.gradient_dot, **call.replace(per_token=per_token).arguments).order == "low_rank"
 
 
 def test_an_order_is_predicted_once_for_all_that_its_cost_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:

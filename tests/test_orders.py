@@ -45,6 +45,7 @@ def test_contraction_orders(isa: str, kernel: str, order: str, shape: dict[str, 
 COMPOSED = {
     "ghost_dot": ("ghost", "gradient_first"),
     "ghost_norm": ("ghost", "gradient_first"),
+    "gradient_dot": ("low_rank",),
     "gradient_dot_low_rank": ("low_rank", "dense"),
 }
 
@@ -58,6 +59,21 @@ def test_orders_of_composed_ops(
     monkeypatch.setattr(_registry.Op, "best", lambda self, *given: order if self.name == op else chosen(self, *given))
     for dtype, layout in ((F32, "contiguous"), (F64, "transposed"), (BF16, "strided")):
         run(make(op, shape, dtype, bias=True, masked=True, layout=layout))
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("shape", ({"T": 1}, {"N": 9, "T": 50, "O": 250, "I": 300, "Q": 3}), ids=str)
+def test_dots_through_a_unit_matrix_have_the_same_bits_for_any_threads(
+    shape: dict[str, int], per_token: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_registry.Op, "best", lambda self, *given: "low_rank")
+    call = make("gradient_dot", shape, masked=True).replace(per_token=per_token)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(call())
+        call.check(results[-1])
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -68,6 +68,11 @@ def short(flops: float, depth: int) -> float:
     return flops * 5.0 / max(depth, 1)
 
 
+def segments(pairs: float, T: int) -> float:
+    """The overhead of summing, in finished tiles, each example's T positions, which stand beside each other."""
+    return (80.0 if T > 1 else 10.0) * pairs
+
+
 def padded(count: int, unit: int) -> int:
     """The next multiple."""
     return (count + unit - 1) // unit * unit

@@ -17,7 +17,7 @@ from ihvp.ops._arguments import (
     read_tokens,
 )
 from ihvp.ops._gpu import triton
-from ihvp.ops._registry import Candidate, Op, packing, padded, short
+from ihvp.ops._registry import Candidate, Op, packing, padded, segments, short
 from ihvp.ops.gradient_dot import cheapest as gradient_dot_best
 from ihvp.ops.gradient_dot import native as gradient_dot
 from ihvp.ops.per_sample_gradient import native as per_sample_gradient
@@ -113,7 +113,7 @@ def candidates(
     shape_only = a1.new_empty(()).expand(step, O, I)
     dots = gradient_dot_best(shape_only, a2, delta2, mask2, bias, False)
     blocks = max(1, M // step)
-    overhead = ghost_overhead(pairs, T2, tokens / item)
+    overhead = packing(tokens / item) + segments(pairs, T2)
     return [
         Candidate("ghost", 2 * pairs * (O + I), tokens, item * 1024 * (O + I), overhead),
         Candidate(
@@ -124,11 +124,6 @@ def candidates(
             packing(M * T1 * (O + I) + 2 * M * p) + short(2 * M * T1 * p, T1) + blocks * dots.overhead,
         ),
     ]
-
-
-def ghost_overhead(pairs: float, T2: int, numbers: float) -> float:
-    """Of the native kernel: packing, and sums over positions that stand beside each other in a tile."""
-    return packing(numbers) + (80 if T2 > 1 else 10) * pairs
 
 
 def _block(M: int, p: int) -> int:

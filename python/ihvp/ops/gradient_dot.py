@@ -19,7 +19,7 @@ from ihvp.ops._arguments import (
     shape_of,
 )
 from ihvp.ops._gpu import triton
-from ihvp.ops._registry import Candidate, Op, packing, padded, short
+from ihvp.ops._registry import Candidate, Op, packing, padded, segments, short
 
 
 def gradient_dot(
@@ -90,13 +90,21 @@ def candidates(
     rows = padded(N * T, 8)
     query = Candidate(
         "query_first",
-        2 * Q * rows * p,
+        2 * Q * rows * O * padded(I, 16),
         item * Q * p * passes + tokens,
         item * (chunk * (O + I + Q) + O * 192),
         packing(Q * p * passes + M * (O + I)) + short(2 * Q * rows * p, O),
     )
+    pairs = padded(Q * min(O, I), 8) * padded(M, 16)
+    low_rank = Candidate(
+        "low_rank",
+        2 * pairs * (O + I),
+        item * Q * p + tokens,
+        item * 1024 * (O + I),
+        packing(Q * p + M * (O + I)) + segments(pairs, 1 if per_token else T),
+    )
     if per_token:
-        return [query]
+        return [query, low_rank]
     examples = max(1, min(N, 30))
     passes = max(1, N // examples)
     whole = padded(O, 8) * padded(I, 16)
@@ -110,7 +118,7 @@ def candidates(
         item * 192 * 192 * examples,
         packing(copies) + short(products, T) + short(dots, 48) + 256 * Q * N,
     )
-    return [query, gradient]
+    return [query, gradient, low_rank]
 
 
 def cheapest(P: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool, per_token: bool) -> Candidate:
@@ -124,8 +132,14 @@ def native(P: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool,
     out = fake(P, a, delta, mask, bias, per_token)
     if a.shape[1] * P.shape[1] * P.shape[2] == 0:
         return out.zero_()
-    order = _op.best(P, a, delta, mask, bias, per_token)
-    _native.gradient_dot(out, P, a, delta, mask, bias, per_token, order, torch.get_num_threads())
+    order, threads = _op.best(P, a, delta, mask, bias, per_token), torch.get_num_threads()
+    if order == "low_rank":  # P_q = 1 P_q = P_q 1: with few outputs or inputs, ghost dot products of as many positions
+        Q, O, I = P.shape
+        unit = torch.eye(min(O, I), dtype=out.dtype).expand(Q, -1, -1)
+        x, d = (P, unit) if O <= I else (unit, P.mT)
+        _native.ghost_dot(out, x, d, a, delta, None, mask, False, bias, per_token, threads)
+    else:
+        _native.gradient_dot(out, P, a, delta, mask, bias, per_token, order, threads)
     return out
 
 

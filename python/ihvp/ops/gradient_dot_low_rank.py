@@ -19,8 +19,7 @@ from ihvp.ops._arguments import (
     shape_of,
 )
 from ihvp.ops._gpu import triton
-from ihvp.ops._registry import Candidate, Op, packing, padded, short
-from ihvp.ops.ghost_dot import ghost_overhead
+from ihvp.ops._registry import Candidate, Op, packing, padded, segments, short
 from ihvp.ops.gradient_dot import cheapest as gradient_dot_best
 from ihvp.ops.gradient_dot import native as gradient_dot
 from ihvp.ops.per_sample_gradient import native as per_sample_gradient
@@ -95,7 +94,7 @@ def candidates(
     item = 8 if compute_dtype(L, R, a, delta) == torch.float64 else 4
     tokens = item * N * T * (O + I)
     pairs = padded(Q * r, 8) * padded(N * T, 16)
-    overhead = ghost_overhead(pairs, 1 if per_token else T, tokens / item)
+    overhead = packing(tokens / item) + segments(pairs, 1 if per_token else T)
     low = Candidate("low_rank", 2 * pairs * (O + I), tokens, item * 1024 * (O + I), overhead)
     if Q * O * I > 2**26:  # P would take more than its worth of memory
         return [low]
