@@ -28,7 +28,7 @@ LINES: dict[str, tuple[Callable[[int], Problem], int, int]] = {
     "ekfac_diagonal_update_ T=1 1024x1024": (lambda N: problems.diagonal(N, 1, 1024, 1024), 2048, 1024 * 1024),
     "ekfac_diagonal_update_ T=128 768x768": (lambda N: problems.diagonal(N, 128, 768, 768), 16, 768 * 768),
     "ekfac_solve 768x768": (partial(problems.solve, O=768, I=768), 16, 768 * 768),
-    "gradient_dot Q=32 T=128 768x768": (lambda N: problems.dot(32, N, 128, 768, 768), 60, 768 * 768),
+    "gradient_dot Q=32 T=128 768x768": (lambda N: problems.dot(32, N, 128, 768, 768), 72, 768 * 768),
     "gradient_dot Q=64 T=1 1024x1024": (lambda N: problems.dot(64, N, 1, 1024, 1024), 2048, 1024 * 1024),
     "ekfac_self_influence T=1 1024x1024": (lambda N: problems.self_influence(N, 1, 1024, 1024), 2048, 1024 * 1024),
 }

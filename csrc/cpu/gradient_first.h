@@ -21,7 +21,7 @@ struct Group {
 // The dot tile: queries x examples, vectors along the parameters. Its sums stay vectors until the very end.
 constexpr int dot_queries = tile_rows >= 8 ? 4 : 2;
 constexpr int dot_examples = tile_rows >= 8 ? 6 : 4;
-constexpr int64_t block_side = 192;  // of a block of g: tokens are packed once for every block of their columns
+constexpr int64_t block_side = 192;  // of a square block of g
 
 // The same rows of some queries or examples: `next` elements from one of them to the other.
 template <class T>
@@ -57,9 +57,9 @@ IHVP_INLINE void dot_tile(T* sums, int64_t stride_sums, Several<T> P, Several<T>
     }
 }
 
-// The outputs o0..o1 and inputs i0..i1 of g.
+// The outputs o0..o1 and inputs i0..i1 of g, in rows of `stride`.
 struct Block {
-    int64_t o0, o1, i0, i1;
+    int64_t o0, o1, i0, i1, stride;
 };
 
 // Asks the L2 cache for columns c0..c1 of the rows first..end, where rows can be used as they lie: short pieces of far
@@ -79,15 +79,13 @@ constexpr int64_t block_positions = 256;
 // The block of g_n of bfloat16 tokens, on tiles; `buffer` as for gradient_block.
 inline void gradient_tiles(float* g, const Rows& a, const Rows& delta, int64_t first, int64_t positions, Block b,
                            float* buffer) {
-    constexpr int64_t most_tiles = block_positions * block_side;
     int64_t outputs = b.o1 - b.o0, inputs = b.i1 - b.i0;
     _tile_loadconfig(&tile_config);
     for (int64_t t = 0; t < positions; t += block_positions) {
         int64_t depth = least(block_positions, positions - t), steps = ceil_div(depth, step);
-        uint16_t* memory = reinterpret_cast<uint16_t*>(buffer);
-        TokenTiles x{memory, ceil_div(inputs, tile_block), steps};
-        TokenTiles packed{memory + most_tiles, ceil_div(outputs, tile_block), steps};
-        TokenTiles d{memory + 2 * most_tiles, packed.blocks, steps};
+        TokenTiles x{reinterpret_cast<uint16_t*>(buffer), ceil_div(inputs, tile_block), steps};
+        TokenTiles packed{x.at(x.blocks, 0), ceil_div(outputs, tile_block), steps};
+        TokenTiles d{packed.at(packed.blocks, 0), packed.blocks, steps};
         for (int64_t s = 0; s < steps; ++s) {
             int64_t count = least(step, depth - s * step);
             pack_right(x, s, a, first + t + s * step, count, b.i0);
@@ -97,7 +95,7 @@ inline void gradient_tiles(float* g, const Rows& a, const Rows& delta, int64_t f
         auto take = [&](const Tile<float>& tile, int64_t i, int64_t j) {
             for (int r = 0; r < tile_rows && i < outputs; ++r) {
                 for (int v = 0; v < tile.vectors; ++v) {
-                    float* at = g + (i + r) * block_side + j + v * Lanes<float>::width;
+                    float* at = g + (i + r) * b.stride + j + v * Lanes<float>::width;
                     store(at, t > 0 ? load(at) + tile.acc[r][v] : tile.acc[r][v]);
                 }
             }
@@ -111,8 +109,8 @@ inline void gradient_tiles(float* g, const Rows& a, const Rows& delta, int64_t f
 }
 #endif
 
-// The block of g_n in `g`, rows of block_side, from tokens packed as E. `buffer` holds 2 * block_positions rows of
-// block_side. The positions from `next` on are fetched meanwhile.
+// The block of g_n in `g` from tokens packed as E, into `buffer` up to block_positions at a time. The positions from
+// `next` on are fetched meanwhile.
 template <class E, class T>
 void gradient_panels(T* g, const Rows& a, const Rows& delta, int64_t first, int64_t positions, Block b, E* buffer,
                      int64_t next) {
@@ -120,7 +118,7 @@ void gradient_panels(T* g, const Rows& a, const Rows& delta, int64_t first, int6
     int64_t outputs = b.o1 - b.o0, inputs = b.i1 - b.i0;
     for (int64_t t = 0; t < positions; t += block_positions) {
         int64_t count = least(block_positions, positions - t), depth = Packed<E>::depth(count);
-        Panels<E> d{buffer, depth, outputs}, x{buffer + block_positions * block_side, depth, inputs};
+        Panels<E> d{buffer, depth, outputs}, x{buffer + Panels<E>::size(depth, outputs), depth, inputs};
         Packed<E>::pack(d, delta, first + t, count, 0, depth, b.o0);
         Packed<E>::pack(x, a, first + t, count, 0, depth, b.i0);
         int64_t tiles = x.count() * ceil_div(outputs, tile_rows), share = ceil_div(count, tiles), ahead = next + t;
@@ -129,18 +127,18 @@ void gradient_panels(T* g, const Rows& a, const Rows& delta, int64_t first, int6
             for (int64_t i = 0; i < outputs; i += tile_rows, ahead += share) {
                 fetch<T>(delta, ahead, least(ahead_end, ahead + share), b.o0, b.o1);
                 fetch<T>(a, ahead, least(ahead_end, ahead + share), b.i0, least(a.stored, b.i1));
-                T* target = g + i * block_side + p * W;
+                T* target = g + i * b.stride + p * W;
                 Tile<T> tile;
                 if (t > 0) {
                     for (int r = 0; r < tile_rows; ++r) {
                         for (int v = 0; v < tile_vectors; ++v)
-                            tile.acc[r][v] = load(target + r * block_side + v * Lanes<T>::width);
+                            tile.acc[r][v] = load(target + r * b.stride + v * Lanes<T>::width);
                     }
                 }
                 multiply(tile, d, i, x, p, 0, depth, t > 0);
                 for (int r = 0; r < tile_rows; ++r) {
                     for (int v = 0; v < tile.vectors; ++v)
-                        store(target + r * block_side + v * Lanes<T>::width, tile.acc[r][v]);
+                        store(target + r * b.stride + v * Lanes<T>::width, tile.acc[r][v]);
                 }
             }
         }
@@ -165,27 +163,49 @@ void gradient_block(T* g, const Rows& a, const Rows& delta, int64_t first, int64
     gradient_panels(g, a, delta, first, positions, b, buffer, next);
 }
 
+// A block of g of block_side^2 elements: square where the tokens, packed once for each block of their columns, cost the
+// most; of few outputs where P does, whose rows are then read in long pieces; smaller until there are blocks enough.
+struct BlockShape {
+    int64_t outputs, inputs, count;
+};
+
+inline BlockShape shape_blocks(const Group& group, int64_t queries, int64_t positions, int64_t least_count) {
+    constexpr int64_t least_outputs = 3 * tile_rows;
+    int64_t most_outputs = 0, most_inputs = 0, part = positions <= 2 * queries ? 4 : positions <= 4 * queries ? 2 : 1;
+    for (int64_t layer = 0; layer < group.layers; ++layer) {
+        most_outputs = most(most_outputs, group.outputs(layer));
+        most_inputs = most(most_inputs, group.inputs(layer));
+    }
+    for (BlockShape b{block_side / part, block_side * part, 0};;) {
+        b.count = 0;
+        for (int64_t layer = 0; layer < group.layers; ++layer)
+            b.count += ceil_div(group.outputs(layer), b.outputs) * ceil_div(group.inputs(layer), b.inputs);
+        bool few = b.count < least_count;
+        if (b.inputs > block_side && (few || b.inputs / 2 >= most_inputs)) {
+            b.inputs /= 2;
+        } else if (b.outputs > least_outputs && (few || b.outputs / 2 >= most_outputs)) {
+            b.outputs /= 2;
+        } else {
+            return b;
+        }
+    }
+}
+
 template <class T>
 Status gradient_first(const View& out, const Group& group, int threads) {
     constexpr int lanes = Lanes<T>::width;
-    constexpr int64_t most_examples = 5 * dot_examples;  // of a block: P is read once for so many
+    constexpr int64_t most_examples = 6 * dot_examples;  // of a block: P is read once for so many
     constexpr int64_t most_parts = 8;    // sums kept apart, so that their order does not follow the threads
     constexpr int64_t dot_length = 768;  // of a block's elements at a time: a dot tile's operands stay in the L1 cache
-    static_assert(block_side % Panels<T>::width == 0 && block_side <= dot_length, "whole tiles");
+    static_assert(block_side % Panels<T>::width == 0 && 4 * block_side <= dot_length, "whole tiles");
     int64_t Q = group.P[0].shape[0], N = group.a[0].shape[0], positions = group.a[0].shape[1];
-    int64_t widest = 0, block_outputs = block_side, blocks = 0;
-    for (int64_t layer = 0; layer < group.layers; ++layer) widest = most(widest, group.outputs(layer));
-    for (;; block_outputs /= 2) {
-        blocks = 0;
-        for (int64_t layer = 0; layer < group.layers; ++layer)
-            blocks += ceil_div(group.outputs(layer), block_outputs) * ceil_div(group.inputs(layer), block_side);
-        bool wider_than_all = block_outputs / 2 >= widest;
-        if (block_outputs <= 3 * tile_rows || (blocks >= most_parts && !wider_than_all)) break;
-    }
-    int64_t parts = least(blocks, most_parts), size = block_outputs * block_side;
-    int64_t examples = least(N, most_examples), rows_n = ceil_div(examples, dot_examples) * dot_examples;
+    BlockShape blocks = shape_blocks(group, Q, positions, most_parts);
+    int64_t parts = least(blocks.count, most_parts), size = blocks.outputs * blocks.inputs;
+    int64_t examples = chunk_of_examples(N, 1, most_examples), rows_n = ceil_div(examples, dot_examples) * dot_examples;
     int64_t rows_q = ceil_div(Q, dot_queries) * dot_queries, size_sums = rows_q * rows_n * lanes;
-    int64_t size_tokens = 2 * block_positions * block_side, size_queries = dot_queries * dot_length;
+    int64_t depth = ceil_div(least(positions, block_positions), 32) * 32;  // whole steps of tiles
+    int64_t size_tokens = Panels<T>::size(depth, blocks.outputs) + Panels<T>::size(depth, blocks.inputs);
+    int64_t size_queries = dot_queries * dot_length;
     int64_t own = rows_n * size + size_tokens + size_queries;
     Workspace space;
     space.plan<T>(threads * own);
@@ -228,10 +248,12 @@ Status gradient_first(const View& out, const Group& group, int threads) {
                             }
                         }
                         for (int64_t n = 0; n < count; n += dot_examples) {
-                            int64_t next = q + dot_queries + n / dot_examples;
-                            if (next < least(Q, q + 2 * dot_queries))
+                            int64_t steps = padded / dot_examples, step = n / dot_examples;
+                            int64_t next = q + dot_queries + step * dot_queries / steps;
+                            int64_t end = q + dot_queries + (step + 1) * dot_queries / steps;
+                            for (; next < least(Q, end); ++next)
                                 fetch<T>(matrix_rows(entry(P, next)), o, o + rows, b.i0, b.i1);
-                            Several<T> right{g + n * size + (o - b.o0) * block_side, size, block_side};
+                            Several<T> right{g + n * size + (o - b.o0) * b.stride, size, b.stride};
                             dot_tile(sum + (q * rows_n + n) * lanes, rows_n * lanes, left, right, rows, width);
                         }
                     }
@@ -242,11 +264,11 @@ Status gradient_first(const View& out, const Group& group, int threads) {
                 int64_t O = group.outputs(layer), I = group.inputs(layer);
                 Rows a = token_rows(group.a[layer], group.mask, group.bias);
                 Rows delta = token_rows(group.delta[layer], group.mask, false);
-                for (int64_t o = 0; o < O; o += block_outputs) {
-                    for (int64_t i = 0; i < I; i += block_side) {
+                for (int64_t o = 0; o < O; o += blocks.outputs) {
+                    for (int64_t i = 0; i < I; i += blocks.inputs) {
                         if (index++ % parts != part) continue;
                         add_block(group.P[layer], a, delta,
-                                  {o, least(O, o + block_outputs), i, least(I, i + block_side)});
+                                  {o, least(O, o + blocks.outputs), i, least(I, i + blocks.inputs), blocks.inputs});
                     }
                 }
             }
