@@ -82,7 +82,7 @@ def test_explain_knows_when_each_order_pays() -> None:
         ("gradient_dot", "query_first", "gradient_first"),
     ):
         for T, order in ((2, short), (300, long)):
-            call = make(op, {"N": 64, "T": T, "I": 96, "O": 96, "Q": 2})
+            call = make(op, {"N": 64, "T": T, "I": 96, "O": 96, "Q": 4})
             assert ihvp.explain(getattr(ops, op), **call.arguments).order == order
     for few, per_token in (("O", False), ("I", False), ("O", True)):
         call = make("gradient_dot", {"N": 256, "T": 1, "I": 512, "O": 512, "Q": 64, few: 10})

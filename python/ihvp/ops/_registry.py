@@ -59,8 +59,8 @@ class Candidate:
 
 
 def packing(elements: float) -> float:
-    """The overhead of copying elements into panels, each worth some multiply-adds. Measured on AVX-512."""
-    return 12.0 * elements
+    """The overhead of copying elements into panels, from beyond the L2 cache. Measured on AVX-512."""
+    return 120.0 * elements
 
 
 def short(flops: float, depth: int) -> float:
@@ -68,9 +68,9 @@ def short(flops: float, depth: int) -> float:
     return flops * 5.0 / max(depth, 1)
 
 
-def segments(pairs: float, T: int) -> float:
-    """The overhead of summing, in finished tiles, each example's T positions, which stand beside each other."""
-    return (80.0 if T > 1 else 10.0) * pairs
+def segments(pairs: float) -> float:
+    """The overhead of summing finished tiles over the positions of each example."""
+    return 80.0 * pairs
 
 
 def padded(count: int, unit: int) -> int:

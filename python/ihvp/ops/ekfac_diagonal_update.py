@@ -104,7 +104,7 @@ def candidates(
         2 * M * p + 2 * N * p * (O + I),
         read + item * basis,
         item * (2 * p + basis),
-        once + short(2 * M * p, T) + short(2 * N * p * (O + I), min(O, I)),
+        once + packing(3 * N * p),
     )
     return [project, gradient]
 

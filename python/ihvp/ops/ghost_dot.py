@@ -113,7 +113,7 @@ def candidates(
     shape_only = a1.new_empty(()).expand(step, O, I)
     dots = gradient_dot_best(shape_only, a2, delta2, mask2, bias, False)
     blocks = max(1, M // step)
-    overhead = packing(tokens / item) + segments(pairs, T2)
+    overhead = packing(tokens / item) + segments(pairs)
     return [
         Candidate("ghost", 2 * pairs * (O + I), tokens, item * 1024 * (O + I), overhead),
         Candidate(

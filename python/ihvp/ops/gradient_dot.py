@@ -93,7 +93,7 @@ def candidates(
         2 * Q * rows * O * padded(I, 16),
         item * Q * p * passes + tokens,
         item * (chunk * (O + I + Q) + O * 192),
-        packing(Q * p * passes + M * (O + I)) + short(2 * Q * rows * p, O),
+        packing(Q * p * passes / 2 + M * (O + I)) + short(2 * Q * rows * p, O),
     )
     pairs = padded(Q * min(O, I), 8) * padded(M, 16)
     low_rank = Candidate(
@@ -101,24 +101,33 @@ def candidates(
         2 * pairs * (O + I),
         item * Q * p + tokens,
         item * 1024 * (O + I),
-        packing(Q * p + M * (O + I)) + segments(pairs, 1 if per_token else T),
+        packing(Q * p + M * (O + I)) + segments(pairs) + 2e6,
     )
     if per_token:
         return [query, low_rank]
-    examples = max(1, min(N, 30))
-    passes = max(1, N // examples)
+    passes = max(1, -(-N // 36))
+    examples = -(-N // passes)
     whole = padded(O, 8) * padded(I, 16)
-    products, dots = 2 * M * whole, 2 * padded(Q, 4) * padded(N, 6) * O * padded(I, 16)
-    # Tokens are packed for every block of 192 x 192 that they enter; rows of P that are no whole vectors are copied.
-    copies = M * (O * (I // 192 + 1) + I * (O // 192 + 1)) + Q * p * passes * (I % 16 != 0)
+    products, dots = 2 * M * whole, 2 * padded(Q, 4) * passes * padded(examples, 6) * O * padded(I, 16)
+    outputs, inputs = _block(Q, T, O, I)
+    copies = M * (O * -(-I // inputs) + I * -(-O // outputs)) + Q * p * passes / 8  # P is read where it lies
     gradient = Candidate(
         "gradient_first",
         products + dots,
         item * Q * p * passes + tokens,
         item * 192 * 192 * examples,
-        packing(copies) + short(products, T) + short(dots, 48) + 256 * Q * N,
+        packing(copies) + 2 * short(products, T) + dots,
     )
     return [query, gradient, low_rank]
+
+
+def _block(Q: int, T: int, O: int, I: int) -> tuple[int, int]:
+    """Outputs and inputs of a block of g in the native kernel: tokens are packed for every block that they enter."""
+    wide = 4 if T <= 2 * Q else 2 if T <= 4 * Q else 1
+    outputs, inputs = 192 // wide, 192 * wide
+    while -(-O // outputs) * -(-I // inputs) < 8 and max(outputs // 24, inputs // 192) > 1:
+        outputs, inputs = (outputs, inputs // 2) if inputs > 192 else (outputs // 2, inputs)
+    return outputs, inputs
 
 
 def cheapest(P: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool, per_token: bool) -> Candidate:
