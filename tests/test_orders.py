@@ -42,6 +42,20 @@ def test_contraction_orders(isa: str, kernel: str, order: str, shape: dict[str, 
         assert torch.equal(results[0], results[-1])
 
 
+@pytest.mark.parametrize("tokens", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("T", [1, 2, 7, 9, 40])
+def test_blocks_of_gradients_of_every_shape(isa: str, T: int, tokens: torch.dtype) -> None:
+    """More than one chunk of examples; Q and T decide between blocks of 48 x 768, 96 x 384 and 192 x 192."""
+    for Q in (2, 20):
+        shape = {"N": 38, "T": T, "I": 385, "O": 391, "Q": Q}
+        call = make("gradient_dot", shape, tokens, factors=F64 if tokens == F64 else F32, bias=True, masked=True)
+        want = call.formula()
+        out = torch.empty(want.shape, dtype=call.dtype)
+        for threads in (1, 2):
+            _native.gradient_dot(**call.arguments, out=out, order="gradient_first", threads=threads)
+            call.check(out, want)
+
+
 COMPOSED = {
     "ghost_dot": ("ghost", "gradient_first"),
     "ghost_norm": ("ghost", "gradient_first"),
