@@ -2,8 +2,8 @@
 
 The rivals of a problem belong to families. "peer" is the formula as kronfluence 1.0.1 computes it. "torch.mm", "oneDNN"
 and "OpenBLAS" are one plain contraction, written once, on each of the products that Python reaches. "einsum" are the
-pairwise orders of an einsum. All work on the same tensors, with as many threads, and allocate their results as the op
-does.
+pairwise orders of an einsum, the peer's formula for `gradient_dot` among them. All work on the same tensors, with as
+many threads, and allocate their results as the op does.
 """
 
 from __future__ import annotations

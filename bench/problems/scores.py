@@ -32,12 +32,13 @@ def dot(Q: int, N: int, T: int, O: int, I: int, per_token: bool = False) -> Prob
             Rival("einsum", lambda: torch.einsum("qoi,noi->qn", P, torch.einsum("nto,nti->noi", d, x)), "delta a")
         )
         rivals += tuned(lambda mm: gradient_first(mm, P, x, d), detail="gradient first")
-    peer = Rival("peer", lambda: peer_einsum(f"qio,bti,bto->{out.replace('n', 'b')}", P, d, x))
+    fewest = f"qio,bti,bto->{out.replace('n', 'b')}"
+    einsums.append(Rival("einsum", lambda: peer_einsum(fewest, P, d, x), "fewest operations, the peer's"))
     return Problem(
         "gradient_dot",
         {"P": P, "a": own.a, "delta": own.delta, "per_token": per_token},
         lambda: (query_first if per_token or T == 1 else gradient_first)(torch.mm, P.double(), x.double(), d.double()),
-        (peer, *einsums, *rivals),
+        (*einsums, *rivals),
         flops=2 * Q * M * p if per_token else min(2 * Q * M * p, 2 * M * p + 2 * Q * N * p),
     )
 
