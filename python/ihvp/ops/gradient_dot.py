@@ -101,7 +101,7 @@ def candidates(
         2 * pairs * (O + I),
         item * Q * p + tokens,
         item * 1024 * (O + I),
-        packing(Q * p + M * (O + I)) + segments(pairs) + 2e6,
+        packing(Q * p + M * (O + I)) + segments(pairs) + 2e6,  # the unit matrix
     )
     if per_token:
         return [query, low_rank]
@@ -110,13 +110,13 @@ def candidates(
     whole = padded(O, 8) * padded(I, 16)
     products, dots = 2 * M * whole, 2 * padded(Q, 4) * passes * padded(examples, 6) * O * padded(I, 16)
     outputs, inputs = _block(Q, T, O, I)
-    copies = M * (O * -(-I // inputs) + I * -(-O // outputs)) + Q * p * passes / 8  # P is read where it lies
+    copies = M * (O * -(-I // inputs) + I * -(-O // outputs)) + Q * p * passes / 8
     gradient = Candidate(
         "gradient_first",
         products + dots,
         item * Q * p * passes + tokens,
         item * 192 * 192 * examples,
-        packing(copies) + 2 * short(products, T) + dots,
+        packing(copies) + 2 * short(products, T) + dots,  # which read P where it lies, and wait for it
     )
     return [query, gradient, low_rank]
 
