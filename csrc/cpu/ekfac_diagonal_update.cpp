@@ -20,14 +20,9 @@ void add_squares(const View& Lambda, const Left<T>& d, const Panels<T>& x, int64
     parallel(threads, ceil_div(d.columns, W) * x.count(), [&](int64_t task, int) {
         int64_t p = task % x.count(), first = task / x.count() * W;
         for (int64_t i = first; i < least(d.columns, first + W); i += tile_rows) {
-            Tile<T> tile, sum = {};
-            for (int64_t k = 0; k < d.depth; k += positions) {
-                multiply(tile, d, i, x, p, k, k + positions);
-                for (int r = 0; r < tile_rows; ++r) {
-                    for (int v = 0; v < tile.vectors; ++v) sum.acc[r][v] += tile.acc[r][v] * tile.acc[r][v];
-                }
-            }
-            sum.vectors = tile.vectors;
+            Tile<T> sum = {};
+            for (int64_t k = 0; k < d.depth; k += positions)
+                sum.vectors = multiply<T>(IntoSquares<T>{sum}, d, i, x, p, k, k + positions);
             add(sum, i, p * W);
         }
     });

@@ -10,20 +10,36 @@ namespace {
 
 constexpr int64_t chunk_positions = 768;
 
-// W with k = o, the panels' padding zero.
+// W with k = o, its padding zero: rows as well, up to `depth`.
 template <class T>
-Panels<T> pack_weight(T* memory, const View& Lambda, double damping, int threads) {
-    Panels<T> weight{memory, Lambda.shape[0], Lambda.shape[1]};
-    pack_straight(weight, matrix_rows(Lambda), 0, threads);
-    for (int64_t p = 0; p < weight.count(); ++p) {
-        for (int64_t k = 0; k < weight.depth; ++k) {
-            T* row = weight.at(k, p * Panels<T>::width);
-            int64_t columns = least(Panels<T>::width, weight.columns - p * Panels<T>::width);
-            for (int64_t c = 0; c < columns; ++c) row[c] = T(1) / (row[c] + T(damping));
+Panels<T> pack_weight(T* memory, const View& Lambda, double damping, int64_t depth, int threads) {
+    constexpr int64_t W = Panels<T>::width;
+    int64_t rows = Lambda.shape[0];
+    Panels<T> weight{memory, depth, Lambda.shape[1]};
+    parallel(threads, weight.count(), [&](int64_t p, int) {
+        Panels<T> panel{weight.at(0, p * W), depth, least(W, weight.columns - p * W)};
+        pack_straight(panel, matrix_rows(Lambda), 0, 0, rows, p * W);
+        for (int64_t k = 0; k < rows; ++k) {
+            T* row = panel.at(k, 0);
+            for (int64_t c = 0; c < panel.columns; ++c) row[c] = T(1) / (row[c] + T(damping));
         }
-    }
+        std::memset(panel.at(rows, 0), 0, size_t((depth - rows) * W) * sizeof(T));
+    });
     return weight;
 }
+
+// The tile's squares by their weights, added to a sum.
+template <class T>
+struct IntoWeighted {
+    Tile<T>& sum;
+    const T* weight;
+    static constexpr bool more = false;
+
+    IHVP_INLINE Vec<T> first(int, int) const { return Vec<T>{}; }
+    IHVP_INLINE void last(int r, int v, Vec<T> x) const {
+        sum.acc[r][v] += x * x * load(weight + r * Panels<T>::width + v * Lanes<T>::width);
+    }
+};
 
 template <class T>
 Status run(const View& out, const Rows& a, const Rows& delta, int64_t N, int64_t positions, const View& U_A,
@@ -33,17 +49,19 @@ Status run(const View& out, const Rows& a, const Rows& delta, int64_t N, int64_t
     bool single = positions == 1;
     int64_t examples = chunk_of_examples(N, positions, chunk_positions), depth = examples * positions;
     int64_t size_d = single ? Left<T>::size(O, depth) : Left<T>::size(depth, O);
+    int64_t depth_weight = single ? O : ceil_div(O, tile_rows) * tile_rows;  // whole tiles of them
     Workspace space;
     space.plan<T>(basis_size<T>(U_A, I));
     space.plan<T>(basis_size<T>(U_G, O));
-    space.plan<T>(Panels<T>::size(O, I));
+    space.plan<T>(Panels<T>::size(depth_weight, I));
     space.plan<T>(Panels<T>::size(depth, I));
     space.plan<T>(size_d);
     space.plan<T>(threads * task_size<T>(most(I, O)));
     if (!space.allocate()) return Status::out_of_memory;
     Panels<T> basis_A = pack_basis<T>(space, U_A, I, false, threads);
     Panels<T> basis_G = pack_basis<T>(space, U_G, O, false, threads);
-    Panels<T> weight = pack_weight<T>(space.take<T>(Panels<T>::size(O, I)), Lambda, damping, threads);
+    Panels<T> weight =
+        pack_weight<T>(space.take<T>(Panels<T>::size(depth_weight, I)), Lambda, damping, depth_weight, threads);
     Panels<T> x{space.take<T>(Panels<T>::size(depth, I)), depth, I};
     T* memory_d = space.take<T>(size_d);
     T* scratch = space.take<T>(threads * task_size<T>(most(I, O)));
@@ -75,18 +93,15 @@ Status run(const View& out, const Rows& a, const Rows& delta, int64_t N, int64_t
             parallel(threads, count, [&](int64_t n, int) {
                 T total = 0;
                 for (int64_t p = 0; p < x.count(); ++p) {
-                    Vec<T> sum = {};
+                    Tile<T> sum = {};
                     for (int64_t i = 0; i < O; i += tile_rows) {
-                        Tile<T> tile;
-                        multiply(tile, d, i, x, p, n * positions, (n + 1) * positions);
-                        int rows = int(least(tile_rows, O - i));
-                        for (int r = 0; r < rows; ++r) {
-                            const T* w = weight.at(i + r, p * W);
-                            for (int v = 0; v < tile.vectors; ++v)
-                                sum += tile.acc[r][v] * tile.acc[r][v] * load(w + v * Lanes<T>::width);
-                        }
+                        IntoWeighted<T> squares{sum, weight.at(i, p * W)};
+                        multiply<T>(squares, d, i, x, p, n * positions, (n + 1) * positions);
                     }
-                    total += sum_lanes<T>(sum);
+                    for (int r = 1; r < tile_rows; ++r) {
+                        for (int v = 0; v < tile_vectors; ++v) sum.acc[0][v] += sum.acc[r][v];
+                    }
+                    for (int v = 0; v < tile_vectors; ++v) total += sum_lanes<T>(sum.acc[0][v]);
                 }
                 result[(first + n) * out.stride[0]] = total;
             });

@@ -136,11 +136,17 @@ void pack_straight(const Panels<T, W>& out, const Rows& in, int64_t first_row, i
     }
     T buffer[block];
     for (int64_t c0 = 0; c0 < out.columns; c0 += block) {
-        int64_t count = least(block, out.columns - c0);
+        int64_t count = least(block, out.columns - c0), whole = count / W * W, begin = first_column + c0;
         for (int64_t k = k0; k < k1; ++k) {
-            in.read(buffer, first_row + k, first_column + c0, first_column + c0 + count);
-            for (int64_t c = count; c % W != 0; ++c) buffer[c] = 0;
-            for (int64_t c = 0; c < count; c += W) std::memcpy(out.at(k, c0 + c), buffer + c, W * sizeof(T));
+            const T* row = lying_piece<T>(in, first_row + k, begin, begin + count);
+            if (row == nullptr) {
+                in.read(buffer, first_row + k, begin, begin + count);
+                row = buffer;
+            }
+            T* to = out.at(k, c0);
+            for (int64_t c = 0; c < whole; c += W, to += out.depth * W) std::memcpy(to, row + c, W * sizeof(T));
+            for (int64_t c = whole; c < count; ++c) *to++ = row[c];
+            for (int64_t c = count; c % W != 0; ++c) *to++ = 0;
         }
     }
 }
@@ -206,70 +212,105 @@ struct Tile {
     int vectors = 0;  // in use: fewer in the last panel
 };
 
-// What the caller will read next, fetched into the L2 cache while a product runs: `stride` bytes on with each k.
+// What the caller will read next, fetched into the L2 cache while a product runs: `stride` bytes on with each k, and
+// `jump` further ones after each `period` of them.
 struct Ahead {
     const char* data = nullptr;
-    int64_t stride = 0;
+    int64_t stride = 0, period = int64_t(1) << 60, jump = 0;
 };
 
-template <class T, int vectors, int64_t next_k>
-IHVP_INLINE void multiply(Tile<Sum<T>>& tile, bool more, int64_t depth, const T* __restrict x, int64_t next_column,
+// Where a tile ends: in memory, its rows `stride` elements apart; with `more` it is added to what is there.
+template <class T>
+struct Into {
+    T* data;
+    int64_t stride;
+    bool more = false;
+
+    IHVP_INLINE Vec<T> first(int r, int v) const { return load(data + r * stride + v * Lanes<T>::width); }
+    IHVP_INLINE void last(int r, int v, Vec<T> x) const { store(data + r * stride + v * Lanes<T>::width, x); }
+};
+
+// The tile's squares, added to a sum.
+template <class T>
+struct IntoSquares {
+    Tile<T>& sum;
+    static constexpr bool more = false;
+
+    IHVP_INLINE Vec<T> first(int, int) const { return Vec<T>{}; }
+    IHVP_INLINE void last(int r, int v, Vec<T> x) const { sum.acc[r][v] += x * x; }
+};
+
+template <class T, int vectors, int64_t next_k, class Target>
+IHVP_INLINE void multiply(const Target& target, int64_t depth, const T* __restrict x, int64_t next_column,
                           const T* __restrict y, Ahead ahead) {
     constexpr int W = Lanes<T>::width, P = Lanes<T>::panel;
     // With nothing to come, what is here already: an address that is not mapped would be looked up each time.
     const char* next = ahead.data != nullptr ? ahead.data : reinterpret_cast<const char*>(y);
     Vec<Sum<T>> acc[tile_rows][vectors] = {};
-    if (more) {
+    if (target.more) {
 #pragma GCC unroll 16
         for (int r = 0; r < tile_rows; ++r) {
 #pragma GCC unroll 8
-            for (int v = 0; v < vectors; ++v) acc[r][v] = tile.acc[r][v];
+            for (int v = 0; v < vectors; ++v) acc[r][v] = target.first(r, v);
         }
     }
-    for (int64_t k = 0; k < depth; ++k) {
-        Vec<T> b[vectors];
+    for (int64_t k = 0; k < depth; next += ahead.jump) {
+        for (int64_t end = least(depth, k + ahead.period); k < end; ++k) {
+            Vec<T> b[vectors];
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) b[v] = load<T>(y + v * W);
+            for (int v = 0; v < vectors; ++v) b[v] = load<T>(y + v * W);
 #pragma GCC unroll 16
-        for (int r = 0; r < tile_rows; ++r) {
+            for (int r = 0; r < tile_rows; ++r) {
 #pragma GCC unroll 8
-            for (int v = 0; v < vectors; ++v) multiply_add<T>(acc[r][v], b[v], x[r * next_column]);
+                for (int v = 0; v < vectors; ++v) multiply_add<T>(acc[r][v], b[v], x[r * next_column]);
+            }
+            __builtin_prefetch(next, 0, 2);
+            next += ahead.stride;
+            x += next_k;
+            y += P;
         }
-        __builtin_prefetch(next, 0, 2);
-        next += ahead.stride;
-        x += next_k;
-        y += P;
     }
 #pragma GCC unroll 16
     for (int r = 0; r < tile_rows; ++r) {
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) tile.acc[r][v] = acc[r][v];
+        for (int v = 0; v < vectors; ++v) target.last(r, v, acc[r][v]);
     }
 }
 
-// The tile at rows i.. of X's columns and panel p of Y, over the rows k0..k1 of both; `more` adds to it.
-template <class T, class X>
-IHVP_INLINE void multiply(Tile<Sum<T>>& tile, const X& x, int64_t i, const Panels<T>& y, int64_t p, int64_t k0,
-                          int64_t k1, bool more = false, Ahead ahead = {}) {
+// The tile at rows i.. of X's columns and panel p of Y, over the rows k0..k1 of both. Returns its vectors in use.
+template <class T, class X, class Target>
+IHVP_INLINE int multiply(const Target& target, const X& x, int64_t i, const Panels<T>& y, int64_t p, int64_t k0,
+                         int64_t k1, Ahead ahead = {}) {
     constexpr int64_t P = Lanes<T>::panel;
     const T* a = x.at(k0, i);
     const T* b = y.data + (p * y.depth + k0) * P;
-    int64_t left = ceil_div(y.columns - p * P, Lanes<T>::width);
-    tile.vectors = left < tile_vectors ? int(left) : tile_vectors;
-    switch (tile.vectors) {
+    int64_t vectors = least(tile_vectors, ceil_div(y.columns - p * P, Lanes<T>::width));
+    switch (vectors) {
         case 1:
-            return multiply<T, 1, X::next_k>(tile, more, k1 - k0, a, x.next_column(), b, ahead);
+            multiply<T, 1, X::next_k>(target, k1 - k0, a, x.next_column(), b, ahead);
+            break;
 #if IHVP_TILE_VECTORS > 2
         case 2:
-            return multiply<T, 2, X::next_k>(tile, more, k1 - k0, a, x.next_column(), b, ahead);
+            multiply<T, 2, X::next_k>(target, k1 - k0, a, x.next_column(), b, ahead);
+            break;
 #endif
 #if IHVP_TILE_VECTORS > 3
         case 3:
-            return multiply<T, 3, X::next_k>(tile, more, k1 - k0, a, x.next_column(), b, ahead);
+            multiply<T, 3, X::next_k>(target, k1 - k0, a, x.next_column(), b, ahead);
+            break;
 #endif
         default:
-            return multiply<T, tile_vectors, X::next_k>(tile, more, k1 - k0, a, x.next_column(), b, ahead);
+            multiply<T, tile_vectors, X::next_k>(target, k1 - k0, a, x.next_column(), b, ahead);
     }
+    return int(vectors);
+}
+
+// The same as a tile; `more` adds to it.
+template <class T, class X>
+IHVP_INLINE void multiply(Tile<Sum<T>>& tile, const X& x, int64_t i, const Panels<T>& y, int64_t p, int64_t k0,
+                          int64_t k1, bool more = false, Ahead ahead = {}) {
+    Sum<T>* data = reinterpret_cast<Sum<T>*>(tile.acc);
+    tile.vectors = multiply<T>(Into<Sum<T>>{data, Lanes<T>::panel, more}, x, i, y, p, k0, k1, ahead);
 }
 
 // Columns of X that a product keeps in the L2 cache, as many bytes for double as for float.

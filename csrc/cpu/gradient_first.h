@@ -22,16 +22,24 @@ struct Group {
 constexpr int dot_queries = tile_rows >= 8 ? 4 : 2;
 constexpr int dot_examples = tile_rows >= 8 ? 6 : 4;
 constexpr int64_t block_side = 192;  // of a square block of g
+constexpr int64_t dot_length = 768;  // elements of a block that a dot tile takes at a time
 
-// The same rows of some queries or examples: `next` elements from one of them to the other.
+// The same rows of `count` queries or examples: `next` elements from one of them to the other.
 template <class T>
 struct Several {
-    const T* data;
-    int64_t next, stride;
+    const T* data = nullptr;
+    int64_t next = 0, stride = 0, count = 0;
+
+    IHVP_INLINE void fetch(int64_t row, int64_t column) const {
+        for (int64_t e = 0; e < count; ++e) __builtin_prefetch(data + e * next + row * stride + column, 0, 2);
+    }
 };
 
+// What the next tiles will read, next_P and next_g, is fetched into the L2 cache meanwhile. A function of its own: its
+// sums fill the vector registers.
 template <class T>
-IHVP_INLINE void dot_tile(T* sums, int64_t stride_sums, Several<T> P, Several<T> g, int64_t rows, int64_t columns) {
+__attribute__((noinline)) void dot_tile(T* sums, int64_t stride_sums, Several<T> P, Several<T> g, int64_t rows,
+                                        int64_t columns, Several<T> next_P, Several<T> next_g) {
     constexpr int lanes = Lanes<T>::width;
     Vec<T> acc[dot_queries][dot_examples];
     for (int i = 0; i < dot_queries; ++i) {
@@ -41,6 +49,8 @@ IHVP_INLINE void dot_tile(T* sums, int64_t stride_sums, Several<T> P, Several<T>
         const T* p = P.data + r * P.stride;
         const T* x = g.data + r * g.stride;
         for (int64_t c = 0; c < columns; c += lanes) {
+            next_P.fetch(r, c);
+            next_g.fetch(r, c);
             Vec<T> b[dot_examples];
 #pragma GCC unroll 8
             for (int j = 0; j < dot_examples; ++j) b[j] = load(x + j * g.next + c);
@@ -62,16 +72,31 @@ struct Block {
     int64_t o0, o1, i0, i1, stride;
 };
 
-// Asks the L2 cache for columns c0..c1 of the rows first..end, where rows can be used as they lie: short pieces of far
-// rows, which no hardware prefetcher foresees.
-template <class T>
-IHVP_INLINE void fetch(const Rows& m, int64_t first, int64_t end, int64_t c0, int64_t c1) {
-    for (int64_t row = first; row < end; ++row) {
-        const T* data = lying_row<T>(m, row);
-        if (data == nullptr) return;
-        for (int64_t c = c0; c < c1; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(data + c, 0, 2);
+// The rows first..first + count of an operand, their bytes shared out among `tiles` products of some depth, each of
+// which fetches its share: short pieces of far rows, which no hardware prefetcher foresees.
+class Shared {
+  public:
+    Shared(const Rows& m, int64_t first, int64_t count, int64_t c0, int64_t c1, int64_t tiles, int64_t depth)
+        : m_(m), end_(least(first + count, m.count)), first_(first), c0_(c0) {
+        pieces_ = most(1, tiles / most(count, 1));
+        rows_ = ceil_div(count, tiles);
+        int64_t line = 64, bytes = (least(c1, m.stored) - c0) * element_size(m.dtype);
+        bytes_ = ceil_div(ceil_div(bytes, pieces_), line) * line;
+        period_ = most(1, depth / most(rows_, 1));
+        stride_ = ceil_div(bytes_, period_);
     }
-}
+    Ahead of_tile(int64_t tile) const {
+        int64_t row = first_ + tile / pieces_ * rows_;
+        const char* data = row < end_ ? place(m_, row, c0_) : nullptr;
+        if (data == nullptr) return {};
+        int64_t jump = m_.stride_inner * element_size(m_.dtype) - stride_ * period_;
+        return {data + tile % pieces_ * bytes_, stride_, period_, jump};
+    }
+
+  private:
+    const Rows& m_;
+    int64_t end_, first_, c0_, pieces_, rows_, bytes_, period_, stride_;
+};
 
 constexpr int64_t block_positions = 256;
 
@@ -121,25 +146,15 @@ void gradient_panels(T* g, const Rows& a, const Rows& delta, int64_t first, int6
         Panels<E> d{buffer, depth, outputs}, x{buffer + Panels<E>::size(depth, outputs), depth, inputs};
         Packed<E>::pack(d, delta, first + t, count, 0, depth, b.o0);
         Packed<E>::pack(x, a, first + t, count, 0, depth, b.i0);
-        int64_t tiles = x.count() * ceil_div(outputs, tile_rows), share = ceil_div(count, tiles), ahead = next + t;
-        int64_t ahead_end = least(ahead + count, a.count);
+        int64_t tiles = x.count() * ceil_div(outputs, tile_rows), tile = 0;
+        int64_t tiles_a = most(1, tiles * inputs / (inputs + outputs)), tiles_delta = most(1, tiles - tiles_a);
+        Shared next_a(a, next + t, count, b.i0, b.i1, tiles_a, depth);
+        Shared next_delta(delta, next + t, count, b.o0, b.o1, tiles_delta, depth);
         for (int64_t p = 0; p < x.count(); ++p) {
-            for (int64_t i = 0; i < outputs; i += tile_rows, ahead += share) {
-                fetch<T>(delta, ahead, least(ahead_end, ahead + share), b.o0, b.o1);
-                fetch<T>(a, ahead, least(ahead_end, ahead + share), b.i0, least(a.stored, b.i1));
-                T* target = g + i * b.stride + p * W;
-                Tile<T> tile;
-                if (t > 0) {
-                    for (int r = 0; r < tile_rows; ++r) {
-                        for (int v = 0; v < tile_vectors; ++v)
-                            tile.acc[r][v] = load(target + r * b.stride + v * Lanes<T>::width);
-                    }
-                }
-                multiply(tile, d, i, x, p, 0, depth, t > 0);
-                for (int r = 0; r < tile_rows; ++r) {
-                    for (int v = 0; v < tile.vectors; ++v)
-                        store(target + r * b.stride + v * Lanes<T>::width, tile.acc[r][v]);
-                }
+            for (int64_t i = 0; i < outputs; i += tile_rows, ++tile) {
+                Ahead ahead = tile < tiles_a ? next_a.of_tile(tile) : next_delta.of_tile(tile - tiles_a);
+                Into<T> target{g + i * b.stride + p * W, b.stride, t > 0};
+                multiply<E>(target, d, i, x, p, 0, depth, ahead);
             }
         }
     }
@@ -191,17 +206,63 @@ inline BlockShape shape_blocks(const Group& group, int64_t queries, int64_t posi
     }
 }
 
+// sums[q,n] += <P[q], g_n> over a block, for `count` examples that lie `size` apart and are followed by zeros up to
+// whole tiles. Some rows at a time: their part of g stays in the L2 cache. P is taken a tile's queries at a time: a row
+// of many queries may lie in the same few sets of the caches.
+template <class T>
+void add_dots(T* sums, int64_t stride_sums, const View& P, const T* g, int64_t size, int64_t count, Block b,
+              T* buffer) {
+    constexpr int lanes = Lanes<T>::width;
+    int64_t Q = P.shape[0], inputs = b.i1 - b.i0, width = ceil_div(inputs, lanes) * lanes, tall = dot_length / width;
+    int64_t steps = ceil_div(count, dot_examples), groups = ceil_div(Q, dot_queries), tiles = groups * steps;
+    int64_t share_q = ceil_div(dot_queries, steps), share_n = ceil_div(steps * dot_examples, tiles);
+    for (int64_t o = b.o0; o < b.o1; o += tall) {
+        int64_t rows = least(tall, b.o1 - o), tile = 0;
+        for (int64_t q = 0; q < Q; q += dot_queries) {
+            auto lying = [&](int64_t query, int64_t row) -> const T* {
+                bool whole = inputs == width && Q - query >= dot_queries && row < b.o1;
+                return whole ? lying_piece<T>(matrix_rows(entry(P, query)), row, b.i0, b.i1) : nullptr;
+            };
+            Several<T> left{lying(q, o), P.stride[0], P.stride[1]};
+            if (left.data == nullptr) {
+                left = {buffer, dot_length, width};
+                for (int64_t e = 0; e < dot_queries; ++e) {
+                    Rows query = matrix_rows(entry(P, least(q + e, Q - 1)));
+                    for (int64_t r = 0; r < rows; ++r) {
+                        T* row = buffer + e * left.next + r * left.stride;
+                        if (q + e < Q) query.read(row, o + r, b.i0, b.i1);
+                        for (int64_t c = q + e < Q ? inputs : 0; c < width; ++c) row[c] = 0;
+                    }
+                }
+            }
+            bool last = q + dot_queries >= Q;
+            const T* next = lying(last ? 0 : q + dot_queries, last ? o + tall : o);
+            for (int64_t n = 0; n < count; n += dot_examples, ++tile) {
+                int64_t query = n / dot_examples * share_q, example = tile * share_n;
+                Several<T> next_P, next_g, right{g + n * size + (o - b.o0) * b.stride, size, b.stride};
+                if (next != nullptr && query < dot_queries)
+                    next_P = {next + query * P.stride[0], P.stride[0], P.stride[1],
+                              least(share_q, dot_queries - query)};
+                if (o + tall < b.o1 && example < count) {
+                    next_g = {g + example * size + (o + tall - b.o0) * b.stride, size, b.stride,
+                              least(share_n, count - example)};
+                }
+                dot_tile(sums + q * stride_sums + n * lanes, stride_sums, left, right, rows, width, next_P, next_g);
+            }
+        }
+    }
+}
+
 template <class T>
 Status gradient_first(const View& out, const Group& group, int threads) {
     constexpr int lanes = Lanes<T>::width;
     constexpr int64_t most_examples = 6 * dot_examples;  // of a block: P is read once for so many
-    constexpr int64_t most_parts = 8;    // sums kept apart, so that their order does not follow the threads
-    constexpr int64_t dot_length = 768;  // of a block's elements at a time: a dot tile's operands stay in the L1 cache
+    constexpr int64_t most_parts = 8;  // sums kept apart, so that their order does not follow the threads
     static_assert(block_side % Panels<T>::width == 0 && 4 * block_side <= dot_length, "whole tiles");
     int64_t Q = group.P[0].shape[0], N = group.a[0].shape[0], positions = group.a[0].shape[1];
     BlockShape blocks = shape_blocks(group, Q, positions, most_parts);
     int64_t parts = least(blocks.count, most_parts), size = blocks.outputs * blocks.inputs;
-    int64_t examples = chunk_of_examples(N, 1, most_examples), rows_n = ceil_div(examples, dot_examples) * dot_examples;
+    int64_t rows_n = ceil_div(chunk_of_examples(N, 1, most_examples), dot_examples) * dot_examples, examples = rows_n;
     int64_t rows_q = ceil_div(Q, dot_queries) * dot_queries, size_sums = rows_q * rows_n * lanes;
     int64_t depth = ceil_div(least(positions, block_positions), 32) * 32;  // whole steps of tiles
     int64_t size_tokens = Panels<T>::size(depth, blocks.outputs) + Panels<T>::size(depth, blocks.inputs);
@@ -224,40 +285,11 @@ Status gradient_first(const View& out, const Group& group, int threads) {
             for (int64_t e = 0; e < size_sums; ++e) sum[e] = 0;
             for (int64_t e = count * size; e < padded * size; ++e) g[e] = 0;
             auto add_block = [&](const View& P, const Rows& a, const Rows& delta, Block b) {
-                int64_t inputs = b.i1 - b.i0, width = ceil_div(inputs, lanes) * lanes;
                 for (int64_t n = 0; n < count; ++n) {
                     int64_t position = (first + n) * positions;
                     gradient_block(g + n * size, a, delta, position, positions, b, tokens, position + positions);
                 }
-                int64_t dot_rows = dot_length / width;
-                for (int64_t o = b.o0; o < b.o1; o += dot_rows) {
-                    int64_t rows = least(dot_rows, b.o1 - o);
-                    for (int64_t q = 0; q < Q; q += dot_queries) {
-                        const T* lying = lying_row<T>(matrix_rows(entry(P, q)), o);
-                        Several<T> left{queries, dot_length, width};
-                        if (lying != nullptr && inputs == width && Q - q >= dot_queries) {
-                            left = {lying + b.i0, P.stride[0], P.stride[1]};
-                        } else {
-                            for (int64_t e = 0; e < dot_queries; ++e) {
-                                Rows query = matrix_rows(entry(P, least(q + e, Q - 1)));
-                                for (int64_t r = 0; r < rows; ++r) {
-                                    T* row = queries + e * left.next + r * left.stride;
-                                    if (q + e < Q) query.read(row, o + r, b.i0, b.i1);
-                                    for (int64_t c = q + e < Q ? inputs : 0; c < width; ++c) row[c] = 0;
-                                }
-                            }
-                        }
-                        for (int64_t n = 0; n < count; n += dot_examples) {
-                            int64_t steps = padded / dot_examples, step = n / dot_examples;
-                            int64_t next = q + dot_queries + step * dot_queries / steps;
-                            int64_t end = q + dot_queries + (step + 1) * dot_queries / steps;
-                            for (; next < least(Q, end); ++next)
-                                fetch<T>(matrix_rows(entry(P, next)), o, o + rows, b.i0, b.i1);
-                            Several<T> right{g + n * size + (o - b.o0) * b.stride, size, b.stride};
-                            dot_tile(sum + (q * rows_n + n) * lanes, rows_n * lanes, left, right, rows, width);
-                        }
-                    }
-                }
+                add_dots(sum, rows_n * lanes, P, g, size, count, b, queries);
             };
             int64_t index = 0;
             for (int64_t layer = 0; layer < group.layers; ++layer) {
