@@ -325,16 +325,34 @@ IHVP_INLINE auto fetch_for(const Finish& finish, int64_t i, int64_t j) -> declty
 template <class... Others>
 IHVP_INLINE void fetch_for(const Others&...) {}
 
+// Or say what is fetched while a tile is computed over some rows of k, instead of the next panel: finish.ahead(rows).
+template <class Finish>
+IHVP_INLINE auto ahead_for(Ahead, const Finish& finish, int64_t rows) -> decltype(finish.ahead(rows)) {
+    return finish.ahead(rows);
+}
+template <class... Others>
+IHVP_INLINE Ahead ahead_for(Ahead usual, const Others&...) {
+    return usual;
+}
+
+// Rows of k that a product takes at a time, and how often.
+template <class T>
+constexpr int64_t product_k = block_bytes / (Panels<T>::width * int64_t(sizeof(T)));
+template <class T>
+int64_t product_turns(int64_t depth) {
+    return depth <= 2 * product_k<T> ? 1 : depth / product_k<T>;
+}
+
 // X^T Y for the columns i0..i1 of X and the panels p0..p1 of Y, all of k. What is multiplied at a time lies in the L2
-// cache: product_rows columns of X, one panel of Y, block_k of k. Where k is longer, the tiles of a block of X by
+// cache: product_rows columns of X, one panel of Y, product_k of k. Where k is longer, the tiles of a block of X by
 // block_panels of Y wait for the next block of k.
 template <class T, class X, class Finish>
 IHVP_INLINE void product(const X& x, int64_t i0, int64_t i1, const Panels<T>& y, int64_t p0, int64_t p1,
                          const Finish& finish) {
-    constexpr int64_t W = Panels<T>::width, block_k = block_bytes / (W * int64_t(sizeof(T)));
+    constexpr int64_t W = Panels<T>::width, block_k = product_k<T>;
     constexpr int64_t block_panels = 4, block_tiles = product_rows<T> / tile_rows;
     Tile<Sum<T>> waiting[block_panels * block_tiles];
-    bool whole = x.depth <= 2 * block_k;
+    bool whole = product_turns<T>(x.depth) == 1;
     for (int64_t rows = i0; rows < i1; rows += product_rows<T>) {
         int64_t end = least(i1, rows + product_rows<T>);
         for (int64_t group = p0; group < p1; group += block_panels) {
@@ -351,8 +369,8 @@ IHVP_INLINE void product(const X& x, int64_t i0, int64_t i1, const Panels<T>& y,
                     for (int64_t i = rows; i < end; i += tile_rows) {
                         int64_t done = (i - rows) / tile_rows * (k1 - k) * share;
                         if (k1 == x.depth) fetch_for(finish, i, p * W);
-                        multiply<T>(*tile, x, i, y, p, k, k1, k > 0,
-                                    {reinterpret_cast<const char*>(next) + done, share});
+                        Ahead usual{reinterpret_cast<const char*>(next) + done, share};
+                        multiply<T>(*tile, x, i, y, p, k, k1, k > 0, ahead_for(usual, finish, k1 - k));
                         if (k1 == x.depth) finish(*tile, i, p * W);
                         tile += whole ? 0 : 1;
                     }
@@ -378,6 +396,33 @@ void product(const X& x, const Panels<T>& y, int threads, const Finish& finish) 
         }
     });
 }
+
+// Packs rows of a matrix while a product runs: before each of its tiles the rows that were fetched during the one
+// before.
+template <class T>
+class PackMeanwhile {
+  public:
+    PackMeanwhile(const Panels<T>& out, const Rows& in, int64_t column, int64_t tiles)
+        : out_(out), in_(in), column_(column), share_(ceil_div(out.depth, most(tiles, 1))) {}
+    Ahead next(int64_t depth) {
+        pack_straight(out_, in_, 0, packed_, fetched_, column_);
+        packed_ = fetched_;
+        fetched_ = least(out_.depth, packed_ + share_);
+        if (packed_ == fetched_) return {};
+        int64_t size = element_size(in_.dtype), period = most(1, depth / (fetched_ - packed_));
+        int64_t stride = ceil_div(out_.columns * size, period);
+        return {place(in_, packed_, column_), stride, period, in_.stride_inner * size - stride * period};
+    }
+    void rest() {
+        pack_straight(out_, in_, 0, packed_, out_.depth, column_);
+        packed_ = fetched_ = out_.depth;
+    }
+
+  private:
+    Panels<T> out_;
+    const Rows& in_;
+    int64_t column_, share_, packed_ = 0, fetched_ = 0;
+};
 
 // Examples of T positions each whose tokens fit a budget: enough to keep the tiles busy, not so many that the
 // workspace follows N, and about as many in every chunk.

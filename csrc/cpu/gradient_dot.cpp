@@ -8,22 +8,45 @@ namespace IHVP_ISA {
 
 namespace {
 
+// A tile's rows times those of x, added to each row's sum; the next panel is packed meanwhile.
+template <class T>
+struct RowDots {
+    T* sums;
+    const Panels<T>& x;
+    int64_t column, end;
+    PackMeanwhile<T>& packing;
+    static constexpr int64_t lanes = Lanes<T>::width;
+
+    Ahead ahead(int64_t depth) const { return packing.next(depth); }
+    IHVP_INLINE void operator()(const Tile<T>& tile, int64_t i, int64_t) const {
+        int height = int(least(tile_rows, end - i));
+        for (int r = 0; r < height; ++r) {
+            T* at = sums + (i + r) * lanes;
+            Vec<T> sum = load(at);
+            const T* row = x.at(i + r, column);
+            for (int v = 0; v < tile.vectors; ++v) sum += tile.acc[r][v] * load(row + v * lanes);
+            store(at, sum);
+        }
+    }
+};
+
 template <class T>
 Status query_first(const View& out, const View& P, const Rows& a, const Rows& delta, int64_t N, int64_t positions,
                    bool per_token, int threads) {
-    constexpr int64_t W = Panels<T>::width, chunk_positions = 2048, lanes = Lanes<T>::width;
-    constexpr int64_t group = block_rows;  // columns of P[q] at a time
+    constexpr int64_t W = Panels<T>::width, lanes = Lanes<T>::width;
+    constexpr int64_t chunk_positions = 2048, block_positions = 384;  // of a product: d stays in the L2 cache
     int64_t Q = P.shape[0], I = a.features, O = delta.features;
     int64_t examples = chunk_of_examples(N, positions, chunk_positions), depth = examples * positions;
+    int64_t size_panel = Panels<T>::size(O, W), own = 2 * size_panel + block_positions * lanes;
     Workspace space;
     space.plan<T>(Left<T>::size(O, depth));
     space.plan<T>(Panels<T>::size(depth, I));
-    space.plan<T>(threads * (O * group + depth * lanes));
+    space.plan<T>(threads * own);
     space.plan<T>(Q * depth);
     if (!space.allocate()) return Status::out_of_memory;
     T* memory_d = space.take<T>(Left<T>::size(O, depth));
     T* memory_x = space.take<T>(Panels<T>::size(depth, I));
-    T* scratch = space.take<T>(threads * (O * group + depth * lanes));
+    T* scratch = space.take<T>(threads * own);
     T* dots = space.take<T>(Q * depth);
     T* result = static_cast<T*>(out.data);
     for (int64_t first = 0; first < N; first += examples) {
@@ -32,27 +55,24 @@ Status query_first(const View& out, const View& P, const Rows& a, const Rows& de
         Panels<T> x{memory_x, rows, I};
         pack_transposed(d, delta, first * positions, threads);
         pack_straight(x, a, first * positions, threads);
-        int64_t panels = ceil_div(rows, W), blocks = Q >= 2 * threads ? 1 : least(panels, ceil_div(2 * threads, Q));
-        int64_t block = ceil_div(panels, blocks) * W;
+        int64_t blocks = most(ceil_div(rows, block_positions), least(ceil_div(rows, W), ceil_div(2 * threads, Q)));
+        int64_t block = ceil_div(ceil_div(rows, blocks), tile_rows) * tile_rows;
         parallel(threads, Q * blocks, [&](int64_t task, int thread) {
             int64_t q = task / blocks, i0 = task % blocks * block, i1 = least(rows, i0 + block);
-            T* packed = scratch + thread * (O * group + depth * lanes);
-            T* sums = packed + O * group;
+            if (i0 >= i1) return;
+            T* packed = scratch + thread * own;
+            T* sums = packed + 2 * size_panel - i0 * lanes;
             Rows query = matrix_rows(entry(P, q));
             for (int64_t e = i0 * lanes; e < i1 * lanes; ++e) sums[e] = 0;
-            for (int64_t c0 = 0; c0 < I; c0 += group) {
-                Panels<T> part{packed, O, least(group, I - c0)};
-                pack_straight(part, query, 0, 0, O, c0);
-                product(d, i0, i1, part, 0, part.count(), [&](const Tile<T>& tile, int64_t i, int64_t j) {
-                    int height = int(least(tile_rows, i1 - i));
-                    for (int r = 0; r < height; ++r) {
-                        T* at = sums + (i + r) * lanes;
-                        Vec<T> sum = load(at);
-                        const T* row = x.at(i + r, c0 + j);
-                        for (int v = 0; v < tile.vectors; ++v) sum += tile.acc[r][v] * load(row + v * lanes);
-                        store(at, sum);
-                    }
-                });
+            int64_t tiles = ceil_div(i1 - i0, tile_rows) * product_turns<T>(O);
+            auto panel = [&](int64_t c) {
+                return Panels<T>{packed + c / W % 2 * size_panel, O, most(0, least(W, I - c))};
+            };
+            PackMeanwhile<T>(panel(0), query, 0, 1).rest();
+            for (int64_t c = 0; c < I; c += W) {
+                PackMeanwhile<T> packing(panel(c + W), query, c + W, tiles);
+                product(d, i0, i1, panel(c), 0, 1, RowDots<T>{sums, x, c, i1, packing});
+                packing.rest();
             }
             for (int64_t i = i0; i < i1; ++i) dots[q * depth + i] = sum_lanes<T>(load(sums + i * lanes));
         });
