@@ -113,13 +113,12 @@ Status gradient_first(const View& Lambda, const Rows& a, const Rows& delta, int6
         parallel(threads, g.count(), [&](int64_t p, int) {
             product(g, p * W, least(I, (p + 1) * W), basis_G, 0, basis_G.count(), StorePanels<T, false>{half});
         });
-        parallel(threads, half.count(), [&](int64_t p, int) {
+        parallel(threads, half.count() * basis_A.count(), [&](int64_t task, int) {
+            int64_t p = task / basis_A.count(), j = task % basis_A.count();
             for (int64_t i = p * W; i < least(O, (p + 1) * W); i += tile_rows) {
-                for (int64_t j = 0; j < basis_A.count(); ++j) {
-                    Tile<T> tile;
-                    multiply(tile, half, i, basis_A, j, 0, I);
-                    add(tile, i, j * W);
-                }
+                Tile<T> tile;
+                multiply(tile, half, i, basis_A, j, 0, I);
+                add(tile, i, j * W);
             }
         });
     }

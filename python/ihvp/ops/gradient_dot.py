@@ -93,7 +93,7 @@ def candidates(
         2 * Q * rows * O * padded(I, 16),
         item * Q * p * passes + tokens,
         item * (chunk * (O + I + Q) + O * 192),
-        packing(Q * p * passes / 2 + M * (O + I)) + short(2 * Q * rows * p, O),
+        packing(0.3 * Q * p * passes + M * (O + I)) + short(2 * Q * rows * p, O),  # P is packed between the tiles
     )
     pairs = padded(Q * min(O, I), 8) * padded(M, 16)
     low_rank = Candidate(
@@ -110,13 +110,13 @@ def candidates(
     whole = padded(O, 8) * padded(I, 16)
     products, dots = 2 * M * whole, 2 * padded(Q, 4) * passes * padded(examples, 6) * O * padded(I, 16)
     outputs, inputs = _block(Q, T, O, I)
-    copies = M * (O * -(-I // inputs) + I * -(-O // outputs)) + Q * p * passes / 8
+    again = M * (O * (-(-I // inputs) - 1) + I * (-(-O // outputs) - 1))  # from a nearer cache than the first time
     gradient = Candidate(
         "gradient_first",
         products + dots,
         item * Q * p * passes + tokens,
         item * 192 * 192 * examples,
-        packing(copies) + 2 * short(products, T) + dots,  # which read P where it lies, and wait for it
+        packing(M * (O + I) + again / 2 + Q * p * passes / 8) + short(products, T) / 2 + 0.8 * dots,  # they wait for P
     )
     return [query, gradient, low_rank]
 

@@ -106,7 +106,7 @@ def candidates(
         2 * Q * r * O * I + dots.flops,
         2 * P + dots.bytes,
         P + dots.workspace,
-        packing(2 * Q * O * I) + short(2 * Q * r * O * I, r) + dots.overhead,
+        packing(Q * O * I) + short(2 * Q * r * O * I, r) + dots.overhead,
     )
     return [low, dense]
 
