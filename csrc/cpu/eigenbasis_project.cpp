@@ -16,13 +16,13 @@ Status run(const View& out, const View& x, const View& U, const View& mask, bool
     if (!space.allocate()) return Status::out_of_memory;
     Panels<T> basis = pack_basis<T>(space, U, d, false, threads);
     T* scratch = space.take<T>(threads * task_size<T>(d));
-    // out is made by the binding: contiguous, (N,T,d) read as (N T, d).
-    StoreMatrix<T, T, false> finish{static_cast<T*>(out.data), rows.count, d, d, 1};
     int64_t height = rows_of_a_task<T>(rows.count, threads);
     parallel(threads, ceil_div(rows.count, height), [&](int64_t block, int thread) {
         int64_t first = block * height;
+        // out is made by the binding: contiguous, (N,T,d) read as (N T, d).
+        StoreMatrix<T, T, false> finish{static_cast<T*>(out.data) + first * d, rows.count - first, d, d, 1};
         multiply_rows(rows, first, least(height, rows.count - first), basis, scratch + thread * task_size<T>(d),
-                      [&](const Tile<T>& tile, int64_t i, int64_t j) { finish(tile, first + i, j); });
+                      finish);
     });
     return Status::ok;
 }

@@ -335,6 +335,16 @@ IHVP_INLINE Ahead ahead_for(Ahead usual, const Others&...) {
     return usual;
 }
 
+// Or take a tile from the registers where all that follows is to store it: finish.into(i, j), with no data elsewhere.
+template <class T, class Finish>
+IHVP_INLINE auto into_for(const Finish& finish, int64_t i, int64_t j) -> decltype(finish.into(i, j)) {
+    return finish.into(i, j);
+}
+template <class T, class... Others>
+IHVP_INLINE Into<Sum<T>> into_for(const Others&...) {
+    return {nullptr, 0};
+}
+
 // Rows of k that a product takes at a time, and how often.
 template <class T>
 constexpr int64_t product_k = block_bytes / (Panels<T>::width * int64_t(sizeof(T)));
@@ -370,7 +380,13 @@ IHVP_INLINE void product(const X& x, int64_t i0, int64_t i1, const Panels<T>& y,
                         int64_t done = (i - rows) / tile_rows * (k1 - k) * share;
                         if (k1 == x.depth) fetch_for(finish, i, p * W);
                         Ahead usual{reinterpret_cast<const char*>(next) + done, share};
-                        multiply<T>(*tile, x, i, y, p, k, k1, k > 0, ahead_for(usual, finish, k1 - k));
+                        Ahead ahead = ahead_for(usual, finish, k1 - k);
+                        Into<Sum<T>> direct = into_for<T>(finish, i, p * W);
+                        if (whole && direct.data != nullptr) {
+                            multiply<T>(direct, x, i, y, p, 0, x.depth, ahead);
+                            continue;
+                        }
+                        multiply<T>(*tile, x, i, y, p, k, k1, k > 0, ahead);
                         if (k1 == x.depth) finish(*tile, i, p * W);
                         tile += whole ? 0 : 1;
                     }

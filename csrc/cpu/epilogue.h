@@ -63,6 +63,15 @@ struct StoreMatrix {
             }
         }
     }
+    // Where a tile of whole rows and vectors goes as it is.
+    IHVP_INLINE Into<T> into(int64_t i, int64_t j) const {
+        if constexpr (sizeof(S) == sizeof(T) && !add) {
+            int64_t left = columns - j;
+            bool whole = rows - i >= tile_rows && (left >= Panels<T>::width || left % lanes == 0);
+            if (whole && stride_column == 1) return {out + i * stride_row + j, stride_row};
+        }
+        return {nullptr, 0};
+    }
     // Asks for what a tile will be added to, while the tile is computed.
     IHVP_INLINE void fetch(int64_t i, int64_t j) const {
         if (!add) return;
