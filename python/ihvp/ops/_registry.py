@@ -70,7 +70,7 @@ def short(flops: float, depth: int) -> float:
 
 def segments(pairs: float) -> float:
     """The overhead of summing finished tiles over the positions of each example."""
-    return 80.0 * pairs
+    return 110.0 * pairs
 
 
 def padded(count: int, unit: int) -> int:

@@ -63,7 +63,7 @@ def candidates(a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool) -> Seq
             2 * N * T * p,
             tokens + item * p,
             item * (1024 * (O + I) + p),
-            packing(1.25 * N * T * (O + I) + p) + short(2 * N * T * p, T) + 0.8 * N * T * p,  # 0.7 of the peak
+            packing(1.25 * N * T * (O + I) + p) + short(2 * N * T * p, T) / 2 + 0.6 * N * T * p,  # 0.8 of the peak
         ),
     ]
 
