@@ -11,6 +11,16 @@ namespace {
 // Positions of a chunk: their tokens fill two tiles of O x I, where that keeps the kernels busy.
 int64_t positions_of_chunk(int64_t O, int64_t I) { return most(768, least(1024, 2 * O * I / most(O + I, 1))); }
 
+// The tile's squares, added to a sum.
+template <class T>
+struct IntoSquares {
+    Tile<T>& sum;
+    static constexpr bool more = false;
+
+    IHVP_INLINE Vec<T> first(int, int) const { return Vec<T>{}; }
+    IHVP_INLINE void last(int r, int v, Vec<T> x) const { sum.acc[r][v] += x * x; }
+};
+
 // Lambda += sum over the chunk, a tile at a time: one tile is owned by one thread and sums its examples in order.
 template <class T, class S>
 void add_squares(const View& Lambda, const Left<T>& d, const Panels<T>& x, int64_t positions, int threads) {

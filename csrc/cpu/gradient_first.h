@@ -74,9 +74,9 @@ struct Block {
 
 // The rows first..first + count of an operand, their bytes shared out among `tiles` products of some depth, each of
 // which fetches its share: short pieces of far rows, which no hardware prefetcher foresees.
-class Shared {
+class SharedFetch {
   public:
-    Shared(const Rows& m, int64_t first, int64_t count, int64_t c0, int64_t c1, int64_t tiles, int64_t depth)
+    SharedFetch(const Rows& m, int64_t first, int64_t count, int64_t c0, int64_t c1, int64_t tiles, int64_t depth)
         : m_(m), end_(least(first + count, m.count)), first_(first), c0_(c0) {
         pieces_ = most(1, tiles / most(count, 1));
         rows_ = ceil_div(count, tiles);
@@ -148,8 +148,8 @@ void gradient_panels(T* g, const Rows& a, const Rows& delta, int64_t first, int6
         Packed<E>::pack(x, a, first + t, count, 0, depth, b.i0);
         int64_t tiles = x.count() * ceil_div(outputs, tile_rows), tile = 0;
         int64_t tiles_a = most(1, tiles * inputs / (inputs + outputs)), tiles_delta = most(1, tiles - tiles_a);
-        Shared next_a(a, next + t, count, b.i0, b.i1, tiles_a, depth);
-        Shared next_delta(delta, next + t, count, b.o0, b.o1, tiles_delta, depth);
+        SharedFetch next_a(a, next + t, count, b.i0, b.i1, tiles_a, depth);
+        SharedFetch next_delta(delta, next + t, count, b.o0, b.o1, tiles_delta, depth);
         for (int64_t p = 0; p < x.count(); ++p) {
             for (int64_t i = 0; i < outputs; i += tile_rows, ++tile) {
                 Ahead ahead = tile < tiles_a ? next_a.of_tile(tile) : next_delta.of_tile(tile - tiles_a);

@@ -119,29 +119,26 @@ inline Rows matrix_rows(const View& m, bool transposed = false) {
                 0};
 }
 
-// Where row `row` begins when rows can be used as they lie: of type T, in one piece, nothing masked, no bias feature.
-template <class T>
-inline const T* lying_row(const Rows& m, int64_t row) {
-    constexpr DType own = sizeof(T) == sizeof(double) ? DType::f64 : DType::f32;
-    if (m.dtype != own || m.stride_column != 1 || m.mask != nullptr || m.stored != m.features) return nullptr;
-    return reinterpret_cast<const T*>(m.data) + row / m.inner * m.stride_outer + row % m.inner * m.stride_inner;
+// Where a row's columns lie from `column` on when they lie together, of whatever type.
+inline const char* place(const Rows& m, int64_t row, int64_t column) {
+    if (m.stride_column != 1 || row >= m.count) return nullptr;
+    int64_t outer = row < m.inner ? 0 : row / m.inner, within = row - outer * m.inner;
+    return m.data + (outer * m.stride_outer + within * m.stride_inner + column) * element_size(m.dtype);
 }
 
-// Columns first..end of one row where they can be used as they lie; nullptr where they must be read.
+// Columns first..end of one row where they can be used as they lie: of type T, in one piece, not masked.
 template <class T>
 inline const T* lying_piece(const Rows& m, int64_t row, int64_t first, int64_t end) {
     constexpr DType own = sizeof(T) == sizeof(double) ? DType::f64 : DType::f32;
-    if (m.dtype != own || m.stride_column != 1 || end > m.stored) return nullptr;
-    int64_t outer = row < m.inner ? 0 : row / m.inner, within = row - outer * m.inner;
-    if (m.mask != nullptr && !m.mask[outer * m.mask_outer + within * m.mask_inner]) return nullptr;
-    return reinterpret_cast<const T*>(m.data) + outer * m.stride_outer + within * m.stride_inner + first;
+    if (m.dtype != own || end > m.stored) return nullptr;
+    if (m.mask != nullptr && !m.mask[row / m.inner * m.mask_outer + row % m.inner * m.mask_inner]) return nullptr;
+    return reinterpret_cast<const T*>(place(m, row, first));
 }
 
-// Where a row's columns lie from `column` on when they lie together, of whatever type: for what is only fetched.
-inline const char* place(const Rows& m, int64_t row, int64_t column) {
-    if (m.stride_column != 1 || row >= m.count) return nullptr;
-    int64_t at = row / m.inner * m.stride_outer + row % m.inner * m.stride_inner + column;
-    return m.data + at * element_size(m.dtype);
+// A whole row, where all rows can be used so.
+template <class T>
+inline const T* lying_row(const Rows& m, int64_t row) {
+    return m.mask == nullptr ? lying_piece<T>(m, row, 0, m.features) : nullptr;
 }
 
 // From one row to the next, or 0 where the rows are not evenly spaced.
