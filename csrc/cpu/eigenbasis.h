@@ -7,30 +7,60 @@ namespace ihvp {
 namespace IHVP_ISA {
 namespace {
 
-// U with its rows as k, or nothing where the basis is the standard one.
+// A basis, its rows as k: packed whole, or, for few positions, a panel at a time by the thread that uses it. No data
+// where it is the standard one.
 template <class T>
-Panels<T> pack_basis(Workspace& space, const View& U, int64_t d, bool transposed, int threads) {
-    Panels<T> panels{U.data ? space.take<T>(Panels<T>::size(d, d)) : nullptr, d, d};
-    if (U.data) pack_straight(panels, matrix_rows(U, transposed), 0, threads);
-    return panels;
+struct Basis {
+    Rows U;
+    int64_t d;
+    Panels<T> packed;
+
+    bool standard() const { return U.data == nullptr; }
+    bool few() const { return packed.data == nullptr; }
+};
+
+constexpr int64_t many_positions = int64_t(1) << 60;  // a basis is packed whole
+
+// Few: a panel of the basis is used for two blocks of them at most.
+template <class T>
+bool few_positions(int64_t d, int64_t positions) {
+    return d > 128 && positions <= 2 * product_rows<T>;
 }
 
 template <class T>
-int64_t basis_size(const View& U, int64_t d) {
-    return U.data ? Panels<T>::size(d, d) : 0;
+int64_t basis_size(const View& U, int64_t d, int64_t positions) {
+    return U.data && !few_positions<T>(d, positions) ? Panels<T>::size(d, d) : 0;
 }
 
-// Positions that a thread takes at a time: whole panels, few enough for every thread to have some.
+template <class T>
+Basis<T> take_basis(Workspace& space, const View& U, int64_t d, int64_t positions, int threads) {
+    int64_t size = basis_size<T>(U, d, positions);
+    Basis<T> basis{U.data ? matrix_rows(U) : Rows{}, d, {size > 0 ? space.take<T>(size) : nullptr, d, d}};
+    if (size > 0) pack_straight(basis.packed, basis.U, 0, threads);
+    return basis;
+}
+
+// Positions that a thread takes at a time: as many in each task, the same number of tasks for every thread.
 template <class T>
 int64_t rows_of_a_task(int64_t positions, int threads) {
-    constexpr int64_t W = Panels<T>::width;
-    return most(1, least(product_rows<T> / W, ceil_div(positions, W) / (2 * threads))) * W;
+    constexpr int64_t unit = Left<T>::unit;
+    static_assert(unit % tile_rows == 0 && product_rows<T> % unit == 0, "whole tiles");
+    int64_t tasks = ceil_div(most(1, ceil_div(positions, product_rows<T>)), threads) * threads;
+    if (threads > 1) tasks = most(tasks, 2 * threads);
+    return ceil_div(most(1, ceil_div(positions, tasks)), unit) * unit;
 }
 
 // Elements of such a task's packed positions, `depth` features each.
 template <class T>
 int64_t task_size(int64_t depth) {
     return depth * most(product_rows<T>, Panels<T>::width);
+}
+
+// Elements of scratch that all threads need to project up to `positions` of d features.
+template <class T>
+int64_t scratch_size(int64_t d, int64_t positions, int threads) {
+    if (!few_positions<T>(d, positions)) return threads * task_size<T>(d);
+    return Left<T>::size(d, positions) + threads * 2 * Panels<T>::size(d, Panels<T>::width);
 }
 
 // sum_k x[m, k] U[k, c] for `count` positions from `first` on, packed into `scratch`, which holds task_size of d
@@ -48,38 +78,55 @@ IHVP_INLINE void multiply_rows(const Rows& x, int64_t first, int64_t count, cons
     product(part, 0, count, basis, 0, basis.count(), finish);
 }
 
-// out[m, c] = sum_k x[m, k] U[k, c] for the positions first.. of x, as panels with k = m; squared where asked.
-// `scratch` holds task_size of d elements per thread.
-template <class T, bool square, int64_t W>
-void project(const Panels<T, W>& out, const Rows& x, int64_t first, const Panels<T>& basis, T* scratch, int threads) {
-    if (!basis.data) {
-        pack_straight(out, x, first, threads);
-        if (square) {
-            parallel(threads, out.count(), [&](int64_t p, int) {
-                T* values = out.at(0, p * W);
-                for (int64_t e = 0; e < out.depth * W; ++e) values[e] *= values[e];
-            });
-        }
+// finish(tile, m, c) of sum_k x[first + m, k] U[k, c], for `count` positions.
+template <class T, class Finish>
+void multiply_basis(const Rows& x, int64_t first, int64_t count, const Basis<T>& basis, T* scratch, int threads,
+                    const Finish& finish) {
+    if (basis.few()) {
+        constexpr int64_t W = Panels<T>::width;
+        Left<T> left{scratch, basis.d, count};
+        pack_transposed(left, x, first, threads);
+        T* memory = scratch + Left<T>::size(basis.d, count);
+        int64_t panels = ceil_div(basis.d, W), tasks = threads > 1 ? 2 * threads : 1;
+        int64_t columns = ceil_div(panels, tasks) * W;
+        parallel(threads, ceil_div(basis.d, columns), [&](int64_t task, int thread) {
+            product_packing(left, 0, count, basis.U, task * columns, least(basis.d, (task + 1) * columns),
+                            memory + thread * 2 * Panels<T>::size(basis.d, W), finish);
+        });
         return;
     }
-    StorePanels<T, square, W> finish{out};
-    int64_t rows = rows_of_a_task<T>(out.depth, threads);
-    parallel(threads, ceil_div(out.depth, rows), [&](int64_t block, int thread) {
+    int64_t rows = rows_of_a_task<T>(count, threads);
+    parallel(threads, ceil_div(count, rows), [&](int64_t block, int thread) {
         int64_t at = block * rows;
-        multiply_rows(x, first + at, least(rows, out.depth - at), basis, scratch + thread * task_size<T>(basis.depth),
-                      [&](const Tile<T>& tile, int64_t i, int64_t j) { finish(tile, at + i, j); });
+        multiply_rows(x, first + at, least(rows, count - at), basis.packed, scratch + thread * task_size<T>(basis.d),
+                      Shifted<T, Finish>{finish, at, 0});
+    });
+}
+
+// out[m, c] = sum_k x[m, k] U[k, c] for the positions first.. of x, as panels with k = m; squared where asked.
+template <class T, bool square, int64_t W>
+void project(const Panels<T, W>& out, const Rows& x, int64_t first, const Basis<T>& basis, T* scratch, int threads) {
+    if (!basis.standard()) {
+        StorePanels<T, square, W> finish{out};
+        return multiply_basis(x, first, out.depth, basis, scratch, threads, finish);
+    }
+    pack_straight(out, x, first, threads);
+    if (!square) return;
+    parallel(threads, out.count(), [&](int64_t p, int) {
+        T* values = out.at(0, p * W);
+        for (int64_t e = 0; e < out.depth * W; ++e) values[e] *= values[e];
     });
 }
 
 // The same with the roles exchanged: panels with k = c and the positions as columns, for the products that
 // contract over features.
 template <class T, bool square>
-void project_features(const Left<T>& out, const Rows& x, int64_t first, const Panels<T>& basis, T* scratch,
+void project_features(const Left<T>& out, const Rows& x, int64_t first, const Basis<T>& basis, T* scratch,
                       int threads) {
     constexpr int64_t W = Panels<T>::width;
     parallel(threads, ceil_div(out.columns, W), [&](int64_t p, int thread) {
         Left<T> target{out.at(0, p * W), out.depth, least(W, out.columns - p * W)};
-        if (!basis.data) {
+        if (basis.standard()) {
             for (int64_t u = 0; u < target.units(); ++u) pack_transposed(target, u, x, first + p * W);
             if (square) {
                 for (int64_t e = 0; e < Left<T>::size(target.depth, target.columns); ++e)
@@ -87,9 +134,9 @@ void project_features(const Left<T>& out, const Rows& x, int64_t first, const Pa
             }
             return;
         }
-        Panels<T> part{scratch + thread * task_size<T>(basis.depth), basis.depth, target.columns};
+        Panels<T> part{scratch + thread * task_size<T>(basis.d), basis.d, target.columns};
         pack_transposed(part, 0, x, first + p * W);
-        product(basis, 0, basis.columns, part, 0, 1, StorePanels<T, square, tile_rows>{target});
+        product(basis.packed, 0, basis.d, part, 0, 1, StorePanels<T, square, tile_rows>{target});
     });
 }
 

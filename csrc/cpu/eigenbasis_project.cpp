@@ -11,19 +11,14 @@ Status run(const View& out, const View& x, const View& U, const View& mask, bool
     Rows rows = token_rows(x, mask, bias);
     int64_t d = rows.features;
     Workspace space;
-    space.plan<T>(basis_size<T>(U, d));
-    space.plan<T>(threads * task_size<T>(d));
+    space.plan<T>(basis_size<T>(U, d, rows.count));
+    space.plan<T>(scratch_size<T>(d, rows.count, threads));
     if (!space.allocate()) return Status::out_of_memory;
-    Panels<T> basis = pack_basis<T>(space, U, d, false, threads);
-    T* scratch = space.take<T>(threads * task_size<T>(d));
-    int64_t height = rows_of_a_task<T>(rows.count, threads);
-    parallel(threads, ceil_div(rows.count, height), [&](int64_t block, int thread) {
-        int64_t first = block * height;
-        // out is made by the binding: contiguous, (N,T,d) read as (N T, d).
-        StoreMatrix<T, T, false> finish{static_cast<T*>(out.data) + first * d, rows.count - first, d, d, 1};
-        multiply_rows(rows, first, least(height, rows.count - first), basis, scratch + thread * task_size<T>(d),
-                      finish);
-    });
+    Basis<T> basis = take_basis<T>(space, U, d, rows.count, threads);
+    T* scratch = space.take<T>(scratch_size<T>(d, rows.count, threads));
+    // out is made by the binding: contiguous, (N,T,d) read as (N T, d).
+    StoreMatrix<T, T, false> finish{static_cast<T*>(out.data), rows.count, d, d, 1};
+    multiply_basis(rows, 0, rows.count, basis, scratch, threads, finish);
     return Status::ok;
 }
 

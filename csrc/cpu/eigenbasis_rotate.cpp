@@ -16,8 +16,9 @@ Status run(const View& out, const View& V, const View& U_A, const View& U_G, boo
     space.plan<T>(threads * packed);
     space.plan<T>(threads * rotated);
     if (!space.allocate()) return Status::out_of_memory;
-    Panels<T> basis_A = pack_basis<T>(space, U_A, I, inverse, threads);
+    Panels<T> basis_A{space.take<T>(Panels<T>::size(I, I)), I, I};
     Left<T> basis_G{space.take<T>(Left<T>::size(O, O)), O, O};
+    pack_straight(basis_A, matrix_rows(U_A, inverse), 0, threads);
     pack_straight(basis_G, matrix_rows(U_G, inverse), 0, threads);
     T* scratch = space.take<T>(threads * packed);
     T* half = space.take<T>(threads * rotated);

@@ -44,17 +44,18 @@ Status project_first(const View& Lambda, const Rows& a, const Rows& delta, int64
     int64_t I = a.features, O = delta.features;
     int64_t examples = chunk_of_examples(N, positions, positions_of_chunk(O, I)), depth = examples * positions;
     Workspace space;
-    space.plan<T>(basis_size<T>(U_A, I));
-    space.plan<T>(basis_size<T>(U_G, O));
+    space.plan<T>(basis_size<T>(U_A, I, N * positions));
+    space.plan<T>(basis_size<T>(U_G, O, N * positions));
     space.plan<T>(Panels<T>::size(depth, I));
     space.plan<T>(Left<T>::size(depth, O));
-    space.plan<T>(threads * task_size<T>(most(I, O)));
+    int64_t size_scratch = most(scratch_size<T>(I, N * positions, threads), scratch_size<T>(O, N * positions, threads));
+    space.plan<T>(size_scratch);
     if (!space.allocate()) return Status::out_of_memory;
-    Panels<T> basis_A = pack_basis<T>(space, U_A, I, false, threads);
-    Panels<T> basis_G = pack_basis<T>(space, U_G, O, false, threads);
+    Basis<T> basis_A = take_basis<T>(space, U_A, I, N * positions, threads);
+    Basis<T> basis_G = take_basis<T>(space, U_G, O, N * positions, threads);
     Panels<T> x{space.take<T>(Panels<T>::size(depth, I)), depth, I};
     Left<T> d{space.take<T>(Left<T>::size(depth, O)), depth, O};
-    T* scratch = space.take<T>(threads * task_size<T>(most(I, O)));
+    T* scratch = space.take<T>(size_scratch);
     for (int64_t first = 0; first < N; first += examples) {
         x.depth = d.depth = least(examples, N - first) * positions;
         if (positions == 1) {
@@ -87,15 +88,15 @@ Status gradient_first(const View& Lambda, const Rows& a, const Rows& delta, int6
     constexpr int64_t W = Panels<T>::width;
     int64_t I = a.features, O = delta.features, depth = least(positions, positions_of_chunk(O, I));
     Workspace space;
-    space.plan<T>(basis_size<T>(U_A, I));
-    space.plan<T>(basis_size<T>(U_G, O));
+    space.plan<T>(basis_size<T>(U_A, I, many_positions));
+    space.plan<T>(basis_size<T>(U_G, O, many_positions));
     space.plan<T>(Panels<T>::size(depth, I));
     space.plan<T>(Panels<T>::size(depth, O));
     space.plan<T>(Panels<T>::size(O, I));
     space.plan<T>(Panels<T>::size(I, O));
     if (!space.allocate()) return Status::out_of_memory;
-    Panels<T> basis_A = pack_basis<T>(space, U_A, I, false, threads);
-    Panels<T> basis_G = pack_basis<T>(space, U_G, O, false, threads);
+    Panels<T> basis_A = take_basis<T>(space, U_A, I, many_positions, threads).packed;
+    Panels<T> basis_G = take_basis<T>(space, U_G, O, many_positions, threads).packed;
     Panels<T> x{space.take<T>(Panels<T>::size(depth, I)), depth, I};
     Panels<T> d{space.take<T>(Panels<T>::size(depth, O)), depth, O};
     Panels<T> g{space.take<T>(Panels<T>::size(O, I)), O, I};     // k = o

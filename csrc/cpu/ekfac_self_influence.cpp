@@ -51,20 +51,22 @@ Status run(const View& out, const Rows& a, const Rows& delta, int64_t N, int64_t
     int64_t size_d = single ? Left<T>::size(O, depth) : Left<T>::size(depth, O);
     int64_t depth_weight = single ? O : ceil_div(O, tile_rows) * tile_rows;  // whole tiles of them
     Workspace space;
-    space.plan<T>(basis_size<T>(U_A, I));
-    space.plan<T>(basis_size<T>(U_G, O));
+    int64_t uses_A = N * positions, uses_G = single ? many_positions : N * positions;
+    int64_t size_scratch = most(scratch_size<T>(I, uses_A, threads), scratch_size<T>(O, uses_G, threads));
+    space.plan<T>(basis_size<T>(U_A, I, uses_A));
+    space.plan<T>(basis_size<T>(U_G, O, uses_G));
     space.plan<T>(Panels<T>::size(depth_weight, I));
     space.plan<T>(Panels<T>::size(depth, I));
     space.plan<T>(size_d);
-    space.plan<T>(threads * task_size<T>(most(I, O)));
+    space.plan<T>(size_scratch);
     if (!space.allocate()) return Status::out_of_memory;
-    Panels<T> basis_A = pack_basis<T>(space, U_A, I, false, threads);
-    Panels<T> basis_G = pack_basis<T>(space, U_G, O, false, threads);
+    Basis<T> basis_A = take_basis<T>(space, U_A, I, uses_A, threads);
+    Basis<T> basis_G = take_basis<T>(space, U_G, O, uses_G, threads);
     Panels<T> weight =
         pack_weight<T>(space.take<T>(Panels<T>::size(depth_weight, I)), Lambda, damping, depth_weight, threads);
     Panels<T> x{space.take<T>(Panels<T>::size(depth, I)), depth, I};
     T* memory_d = space.take<T>(size_d);
-    T* scratch = space.take<T>(threads * task_size<T>(most(I, O)));
+    T* scratch = space.take<T>(size_scratch);
     T* result = static_cast<T*>(out.data);
     for (int64_t first = 0; first < N; first += examples) {
         int64_t count = least(examples, N - first);

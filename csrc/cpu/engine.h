@@ -230,21 +230,27 @@ void product(const X& x, const Panels<T>& y, int threads, const Finish& finish) 
     });
 }
 
-// Packs rows of a matrix while a product runs: before each of its tiles the rows that were fetched during the one
-// before.
+// Packs columns from `column` on of a matrix while a product runs: before each of its tiles the rows that were fetched
+// during the one before.
 template <class T>
 class PackMeanwhile {
   public:
     PackMeanwhile(const Panels<T>& out, const Rows& in, int64_t column, int64_t tiles)
-        : out_(out), in_(in), column_(column), share_(ceil_div(out.depth, most(tiles, 1))) {}
+        : out_(out), in_(in), column_(column), share_(ceil_div(out.depth, most(tiles, 1))) {
+        if (lies_by_columns(in)) share_ = ceil_div(share_, Lanes<T>::width) * Lanes<T>::width;
+    }
     Ahead next(int64_t depth) {
         pack_straight(out_, in_, 0, packed_, fetched_, column_);
         packed_ = fetched_;
         fetched_ = least(out_.depth, packed_ + share_);
-        if (packed_ == fetched_) return {};
-        int64_t size = element_size(in_.dtype), period = most(1, depth / (fetched_ - packed_));
-        int64_t stride = ceil_div(out_.columns * size, period);
-        return {place(in_, packed_, column_), stride, period, in_.stride_inner * size - stride * period};
+        if (packed_ == fetched_ || out_.columns == 0) return {};
+        bool by_columns = lies_by_columns(in_);
+        Rows in = by_columns ? exchanged(in_, packed_) : in_;
+        int64_t rows = fetched_ - packed_, size = element_size(in.dtype);
+        int64_t across = by_columns ? out_.columns : rows, along = (by_columns ? rows : out_.columns) * size;
+        int64_t period = most(1, depth / across), stride = ceil_div(along, period);
+        const char* data = by_columns ? place(in, column_, 0) : place(in, packed_, column_);
+        return {data, stride, period, in.stride_inner * size - stride * period};
     }
     void rest() {
         pack_straight(out_, in_, 0, packed_, out_.depth, column_);
@@ -256,6 +262,43 @@ class PackMeanwhile {
     const Rows& in_;
     int64_t column_, share_, packed_ = 0, fetched_ = 0;
 };
+
+// What follows the tiles of a product that begins at a row and a column of a larger one.
+template <class T, class Finish>
+struct Shifted {
+    const Finish& finish;
+    int64_t row, column;
+
+    IHVP_INLINE void operator()(const Tile<T>& tile, int64_t i, int64_t j) const { finish(tile, row + i, column + j); }
+    IHVP_INLINE void fetch(int64_t i, int64_t j) const { fetch_for(finish, row + i, column + j); }
+    IHVP_INLINE Into<T> into(int64_t i, int64_t j) const { return into_for<T>(finish, row + i, column + j); }
+};
+
+// The same, the next panel being packed meanwhile.
+template <class T, class Finish>
+struct Meanwhile : Shifted<T, Finish> {
+    PackMeanwhile<T>& packing;
+
+    Ahead ahead(int64_t depth) const { return packing.next(depth); }
+};
+
+// X^T Y for the columns i0..i1 of X and c0..c1 of Y, whose panels are used once: each is packed while the one before it
+// is multiplied. `memory` holds two of them.
+template <class T, class X, class Finish>
+void product_packing(const X& x, int64_t i0, int64_t i1, const Rows& y, int64_t c0, int64_t c1, T* memory,
+                     const Finish& finish) {
+    constexpr int64_t W = Panels<T>::width;
+    int64_t tiles = ceil_div(i1 - i0, tile_rows) * product_turns<T>(x.depth), size = Panels<T>::size(x.depth, W);
+    auto panel = [&](int64_t c) {
+        return Panels<T>{memory + (c - c0) / W % 2 * size, x.depth, most(0, least(W, c1 - c))};
+    };
+    PackMeanwhile<T>(panel(c0), y, c0, 1).rest();
+    for (int64_t c = c0; c < c1; c += W) {
+        PackMeanwhile<T> packing(panel(c + W), y, c + W, tiles);
+        product(x, i0, i1, panel(c), 0, 1, Meanwhile<T, Finish>{{finish, 0, c}, packing});
+        packing.rest();
+    }
+}
 
 // Examples of T positions each whose tokens fit a budget: enough to keep the tiles busy, not so many that the
 // workspace follows N, and about as many in every chunk.

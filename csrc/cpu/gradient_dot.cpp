@@ -8,22 +8,20 @@ namespace IHVP_ISA {
 
 namespace {
 
-// A tile's rows times those of x, added to each row's sum; the next panel is packed meanwhile.
+// A tile's rows times those of x, added to each row's sum.
 template <class T>
 struct RowDots {
     T* sums;
     const Panels<T>& x;
-    int64_t column, end;
-    PackMeanwhile<T>& packing;
+    int64_t end;
     static constexpr int64_t lanes = Lanes<T>::width;
 
-    Ahead ahead(int64_t depth) const { return packing.next(depth); }
-    IHVP_INLINE void operator()(const Tile<T>& tile, int64_t i, int64_t) const {
+    IHVP_INLINE void operator()(const Tile<T>& tile, int64_t i, int64_t j) const {
         int height = int(least(tile_rows, end - i));
         for (int r = 0; r < height; ++r) {
             T* at = sums + (i + r) * lanes;
             Vec<T> sum = load(at);
-            const T* row = x.at(i + r, column);
+            const T* row = x.at(i + r, j);
             for (int v = 0; v < tile.vectors; ++v) sum += tile.acc[r][v] * load(row + v * lanes);
             store(at, sum);
         }
@@ -64,16 +62,7 @@ Status query_first(const View& out, const View& P, const Rows& a, const Rows& de
             T* sums = packed + 2 * size_panel - i0 * lanes;
             Rows query = matrix_rows(entry(P, q));
             for (int64_t e = i0 * lanes; e < i1 * lanes; ++e) sums[e] = 0;
-            int64_t tiles = ceil_div(i1 - i0, tile_rows) * product_turns<T>(O);
-            auto panel = [&](int64_t c) {
-                return Panels<T>{packed + c / W % 2 * size_panel, O, most(0, least(W, I - c))};
-            };
-            PackMeanwhile<T>(panel(0), query, 0, 1).rest();
-            for (int64_t c = 0; c < I; c += W) {
-                PackMeanwhile<T> packing(panel(c + W), query, c + W, tiles);
-                product(d, i0, i1, panel(c), 0, 1, RowDots<T>{sums, x, c, i1, packing});
-                packing.rest();
-            }
+            product_packing(d, i0, i1, query, 0, I, packed, RowDots<T>{sums, x, i1});
             for (int64_t i = i0; i < i1; ++i) dots[q * depth + i] = sum_lanes<T>(load(sums + i * lanes));
         });
         for (int64_t q = 0; q < Q; ++q) {

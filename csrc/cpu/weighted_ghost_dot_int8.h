@@ -2,8 +2,9 @@
 // A row of products v = x1[m] x2[n] and a column of the weight w are read in units of 2^-15 or so of their largest
 // entry, q = round(v / unit) = 256 hi + lo with hi and lo of eight bits, and
 //     int8x3: v w ~ unit_v unit_w (65536 hi_v hi_w + 256 (hi_v lo_w + lo_v hi_w))
-// with exact sums. What is left out, lo_v lo_w, is some 5e-6 of the result times the ratio of the largest entry to the
-// root mean square, in v and in w; where that may pass `tolerance`, or a number is not finite, nothing is computed.
+// with exact sums over up to 576 k. What is left out, lo_v lo_w, is some 5e-6 of the result times the ratio of the
+// largest entry to the root mean square, in v and in w; where that may pass `tolerance`, or a number is not finite,
+// nothing is computed.
 #pragma once
 #include "amx.h"
 
@@ -15,7 +16,8 @@ constexpr int64_t deep_step = 64;               // k of one int8 tile product
 constexpr int64_t tile_bytes = 1024;            // int8 numbers of a tile
 constexpr int64_t deep_bytes = 4 * tile_bytes;  // of one operand's step: hi of 32 rows or columns, then lo
 constexpr int64_t deep_block = 9;               // steps that stay in the L1 cache with their products
-constexpr int64_t deep_most = 1 << 16;          // the k whose sums fit into 32 bits
+constexpr int64_t deep_sums = 2048;             // of 32 x 32: hi hi, then the cross terms
+constexpr int64_t near_bytes = 3 << 19;         // of the weight, where it leaves room in an L2 cache of 2 MB
 constexpr float units = 32512;                  // of the largest entry: 127 * 256
 constexpr double left_out = 5.1e-6, tolerance = 2e-4;
 
@@ -106,46 +108,56 @@ void pack_deep_weight(int8_t* tiles, const float* rows, const float* unit, int64
     }
 }
 
-// sums (+)= the product over `steps` steps: four tiles of 16 x 16 of hi hi, row halves outer, then four of the cross
-// terms.
-IHVP_INLINE void multiply_deep_tiles(int32_t* sums, bool first, const int8_t* v, const int8_t* w, int64_t steps) {
+// The row dots of finished sums with y1[m] y2[n], a row at a time, added to vectors of `totals`.
+struct DeepDots {
+    const int32_t* sums;
+    const float *row_y, *rows_y;  // the block's columns of y1[m] and of rows of y2, `stride` apart
+    int64_t stride, last;         // the last row stands for those that are not there
+    float* totals;
+
+    IHVP_INLINE void add(int64_t r) const {
+        const int32_t* at = sums + r / 16 * 512 + r % 16 * 16;
+        const float* own_y = rows_y + least(r, last) * stride;
+        __m512 total = _mm512_loadu_ps(totals + r * 16);
+        for (int half = 0; half < 2; ++half) {
+            __m512 high = _mm512_cvtepi32_ps(_mm512_loadu_si512(at + half * 256));
+            __m512 cross = _mm512_cvtepi32_ps(_mm512_loadu_si512(at + 1024 + half * 256));
+            __m512 y = _mm512_loadu_ps(row_y + half * 16) * _mm512_loadu_ps(own_y + half * 16);
+            total = _mm512_fmadd_ps(_mm512_fmadd_ps(high, _mm512_set1_ps(256), cross), y, total);
+        }
+        _mm512_storeu_ps(totals + r * 16, total);
+    }
+};
+
+// sums = the product over `steps` steps: four tiles of 16 x 16 of hi hi, row halves outer, then four of the cross
+// terms. v lies in the L1 cache, and w goes past it from the L2 cache; where w is larger, its next tiles are fetched.
+// The block before, of the same sums, is dotted while hi hi is formed: tile products leave the vector unit idle.
+template <bool large>
+void multiply_deep_tiles(int32_t* sums, const int8_t* v, const int8_t* w, int64_t steps, const DeepDots* before) {
+    int64_t row = before != nullptr ? 0 : 32, share = ceil_div(32, steps);
     for (int64_t cross = 0; cross < 2; ++cross, sums += 1024) {
-        begin_sums(first, sums);
+        begin_sums(true, nullptr);
         for (int64_t s = 0; s < steps; ++s) {
             const int8_t *left = v + s * deep_bytes, *right = w + s * deep_bytes, *next = right + deep_bytes;
             for (int64_t part = 0; part <= cross; ++part) {
                 const int8_t* left_part = left + (cross - part) * 2 * tile_bytes;  // hi; or lo, then hi
                 const int8_t* right_part = right + part * 2 * tile_bytes;          // hi; or hi, then lo
                 const int8_t* next_part = next + part * 2 * tile_bytes;
+                _tile_stream_loadd(6, right_part, 64);
+                _tile_stream_loadd(7, right_part + tile_bytes, 64);
                 _tile_loadd(4, left_part, 64);
                 _tile_loadd(5, left_part + tile_bytes, 64);
-                _tile_loadd(6, right_part, 64);
-                _tile_loadd(7, right_part + tile_bytes, 64);
                 _tile_dpbssd(0, 4, 6);
-                fetch_tile(next_part);
+                if (large) fetch_tile(next_part);
                 _tile_dpbssd(1, 4, 7);
                 _tile_dpbssd(2, 5, 6);
-                fetch_tile(next_part + tile_bytes);
+                if (large) fetch_tile(next_part + tile_bytes);
                 _tile_dpbssd(3, 5, 7);
+                for (int64_t end = least(32, row + share); row < end; ++row) before->add(row);
             }
         }
         end_sums(sums);
     }
-}
-
-// The row dot of a finished row with y1[m] y2[n].
-IHVP_INLINE float dot_row(const int32_t* sums, int64_t r, const float* row_y, const float* left, int64_t blocks) {
-    __m512 total[2] = {};
-    const int32_t* at = sums + r / 16 * 512 + r % 16 * 16;
-    for (int64_t b = 0; b < blocks; ++b, at += 2048) {
-        for (int half = 0; half < 2; ++half, row_y += 16, left += 16) {
-            __m512 high = _mm512_cvtepi32_ps(_mm512_loadu_si512(at + half * 256));
-            __m512 cross = _mm512_cvtepi32_ps(_mm512_loadu_si512(at + 1024 + half * 256));
-            __m512 tile = _mm512_fmadd_ps(high, _mm512_set1_ps(256), cross);
-            total[half] += tile * _mm512_loadu_ps(row_y) * _mm512_loadu_ps(left);
-        }
-    }
-    return sum_lanes<float>(total[0] + total[1]) * 256;
 }
 
 // What decides whether fixed point is accurate: the squares of the rows' (columns') largest entries, and all squares.
@@ -192,7 +204,7 @@ Status run_int8(const View& out, const Rows& x1, const Rows& y1, const Rows& x2,
     Workspace space;
     space.plan<int8_t>(blocks * steps * deep_bytes);
     space.plan<int8_t>(threads * own_steps * deep_bytes);
-    space.plan<int32_t>(threads * blocks * 2048);
+    space.plan<int32_t>(threads * deep_sums);
     space.plan<float>(threads * own_floats);
     space.plan<float>(O);
     space.plan<float>(chunk * K);
@@ -203,7 +215,7 @@ Status run_int8(const View& out, const Rows& x1, const Rows& y1, const Rows& x2,
     if (!space.allocate()) return Status::out_of_memory;
     int8_t* w = space.take<int8_t>(blocks * steps * deep_bytes);
     int8_t* all_products = space.take<int8_t>(threads * own_steps * deep_bytes);
-    int32_t* all_sums = space.take<int32_t>(threads * blocks * 2048);
+    int32_t* all_sums = space.take<int32_t>(threads * deep_sums);
     float* scratch = space.take<float>(threads * own_floats);
     float* unit = space.take<float>(O);
     float* rows_x = space.take<float>(chunk * K);
@@ -218,6 +230,7 @@ Status run_int8(const View& out, const Rows& x1, const Rows& y1, const Rows& x2,
         return sum;
     };
 
+    auto multiply = blocks * steps * deep_bytes > near_bytes ? multiply_deep_tiles<true> : multiply_deep_tiles<false>;
     parallel(threads, blocks, [&](int64_t block, int thread) {
         of_columns[block] = pack_deep_columns(w + block * steps * deep_bytes, unit + block * 32,
                                               scratch + thread * own_floats, weight, transposed, steps, block);
@@ -248,9 +261,10 @@ Status run_int8(const View& out, const Rows& x1, const Rows& y1, const Rows& x2,
         parallel(threads, M * groups, [&](int64_t task, int thread) {
             int64_t m = task % M, n0 = task / M * 32, height = least(32, count - n0);
             int8_t* products = all_products + thread * own_steps * deep_bytes;
-            int32_t* sums = all_sums + thread * blocks * 2048;
+            int32_t* sums = all_sums + thread * deep_sums;
             float* row_x = scratch + thread * own_floats;
             float* row_y = row_x + K;
+            float* totals = row_y + O;
             float row_unit[32] = {};
             read_padded(row_x, x1, m, K);
             read_padded(row_y, y1, m, O);
@@ -260,6 +274,7 @@ Status run_int8(const View& out, const Rows& x1, const Rows& y1, const Rows& x2,
                 of_threads[thread].readable = of_threads[thread].readable && extent.readable();
                 row_unit[r] = extent.largest / units;
             }
+            for (int64_t e = 0; e < 32 * 16; ++e) totals[e] = 0;
             _tile_loadconfig(&tile_config);
             for (int64_t s = 0; s < steps; s += own_steps) {
                 int64_t end = least(steps, s + own_steps);
@@ -269,13 +284,17 @@ Status run_int8(const View& out, const Rows& x1, const Rows& y1, const Rows& x2,
                     for (int64_t k = s; k < end; ++k, to += deep_bytes)
                         pack_deep_row(to, row_x + k * deep_step, row + k * deep_step, inverse(row_unit[r]));
                 }
-                for (int64_t b = 0; b < blocks; ++b)
-                    multiply_deep_tiles(sums + b * 2048, s == 0, products, w + (b * steps + s) * deep_bytes, end - s);
+                DeepDots before;
+                for (int64_t b = 0; b < blocks; ++b) {
+                    multiply(sums, products, w + (b * steps + s) * deep_bytes, end - s, b > 0 ? &before : nullptr);
+                    before = {sums, row_y + b * 32, rows_y + n0 * O + b * 32, O, height - 1, totals};
+                }
+                for (int64_t r = 0; r < 32; ++r) before.add(r);
             }
             _tile_release();
             for (int64_t r = 0; r < height; ++r) {
                 result[m * out.stride[0] + (first + n0 + r) * out.stride[1]] =
-                    row_unit[r] * dot_row(sums, r, row_y, rows_y + (n0 + r) * O, blocks);
+                    row_unit[r] * sum_lanes<float>(load(totals + r * 16)) * 256;
             }
         });
         if (!total(of_threads, threads).readable) return Status::ok;
@@ -287,7 +306,6 @@ Status run_int8(const View& out, const Rows& x1, const Rows& y1, const Rows& x2,
 // Contracts over the side that leaves less padding.
 Status in_fixed_point(const View& out, const Rows& x1, const Rows& y1, const Rows& x2, const Rows& y2,
                       const Rows& weight, int threads, bool& done) {
-    if (x1.features > deep_most || y1.features > deep_most) return Status::ok;
     auto products = [](const Rows& x, const Rows& y) {
         return ceil_div(x.features, deep_step) * deep_step * ceil_div(y.features, 32);
     };
