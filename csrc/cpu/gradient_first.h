@@ -1,5 +1,5 @@
-// S[q,n] = sum over layers of <P[q], g_n>: a block of g_n = sum_t delta a^T for some examples, then its dots with that
-// block of P; g is never whole, and P is read once for those examples. One layer is a group of one.
+// S[q,n] = sum over layers of <P[q], g_n>: a block of g_n = sum_t delta a^T for a chunk of examples, then its dots with
+// that block of P; g is never whole, and P is read once for those examples. One layer is a group of one.
 #pragma once
 #include "amx.h"
 
@@ -257,12 +257,16 @@ template <class T>
 Status gradient_first(const View& out, const Group& group, int threads) {
     constexpr int lanes = Lanes<T>::width;
     constexpr int64_t most_examples = 6 * dot_examples;  // of a block: P is read once for so many
-    constexpr int64_t most_parts = 8;  // sums kept apart, so that their order does not follow the threads
+    constexpr int64_t most_parts = 8;  // whose sums are kept apart: their order does not follow the threads
     static_assert(block_side % Panels<T>::width == 0 && 4 * block_side <= dot_length, "whole tiles");
     int64_t Q = group.P[0].shape[0], N = group.a[0].shape[0], positions = group.a[0].shape[1];
-    BlockShape blocks = shape_blocks(group, Q, positions, most_parts);
+    int64_t most_chunks = ceil_div(most(N, 1), dot_examples);
+    BlockShape blocks = shape_blocks(group, Q, positions, ceil_div(most_parts, most_chunks));
     int64_t parts = least(blocks.count, most_parts), size = blocks.outputs * blocks.inputs;
-    int64_t rows_n = ceil_div(chunk_of_examples(N, 1, most_examples), dot_examples) * dot_examples, examples = rows_n;
+    // Where the blocks are few, chunks of fewer examples are taken at the same time.
+    int64_t chunks = least(ceil_div(most_parts, most(parts, 1)), most_chunks);
+    int64_t equal = chunk_of_examples(N, 1, least(most_examples, ceil_div(most(N, 1), chunks)));
+    int64_t rows_n = ceil_div(equal, dot_examples) * dot_examples, examples = rows_n;
     int64_t rows_q = ceil_div(Q, dot_queries) * dot_queries, size_sums = rows_q * rows_n * lanes;
     int64_t depth = ceil_div(least(positions, block_positions), 32) * 32;  // whole steps of tiles
     int64_t size_tokens = Panels<T>::size(depth, blocks.outputs) + Panels<T>::size(depth, blocks.inputs);
@@ -270,18 +274,20 @@ Status gradient_first(const View& out, const Group& group, int threads) {
     int64_t own = rows_n * size + size_tokens + size_queries;
     Workspace space;
     space.plan<T>(threads * own);
-    space.plan<T>(parts * size_sums);
+    space.plan<T>(chunks * parts * size_sums);
     if (!space.allocate()) return Status::out_of_memory;
     T* scratch = space.take<T>(threads * own);
-    T* sums = space.take<T>(parts * size_sums);
+    T* sums = space.take<T>(chunks * parts * size_sums);
     T* result = static_cast<T*>(out.data);
-    for (int64_t first = 0; first < N; first += examples) {
-        int64_t count = least(examples, N - first), padded = ceil_div(count, dot_examples) * dot_examples;
-        parallel(threads, parts, [&](int64_t part, int thread) {
+    for (int64_t start = 0; start < N; start += chunks * examples) {
+        parallel(threads, chunks * parts, [&](int64_t task, int thread) {
+            int64_t part = task % parts, first = start + task / parts * examples, count = least(examples, N - first);
+            if (count <= 0) return;
+            int64_t padded = ceil_div(count, dot_examples) * dot_examples;
             T* g = scratch + thread * own;
             T* tokens = g + rows_n * size;
             T* queries = tokens + size_tokens;
-            T* sum = sums + part * size_sums;
+            T* sum = sums + task * size_sums;
             for (int64_t e = 0; e < size_sums; ++e) sum[e] = 0;
             for (int64_t e = count * size; e < padded * size; ++e) g[e] = 0;
             auto add_block = [&](const View& P, const Rows& a, const Rows& delta, Block b) {
@@ -305,12 +311,14 @@ Status gradient_first(const View& out, const Group& group, int threads) {
                 }
             }
         });
+        int64_t end = least(N, start + chunks * examples);
         for (int64_t q = 0; q < Q; ++q) {
-            for (int64_t n = 0; n < count; ++n) {
+            for (int64_t n = start; n < end; ++n) {
+                int64_t task = (n - start) / examples * parts, row = (n - start) % examples;
                 Vec<T> total = {};
                 for (int64_t part = 0; part < parts; ++part)
-                    total += load(sums + part * size_sums + (q * rows_n + n) * lanes);
-                result[q * out.stride[0] + (first + n) * out.stride[1]] = sum_lanes<T>(total);
+                    total += load(sums + (task + part) * size_sums + (q * rows_n + row) * lanes);
+                result[q * out.stride[0] + n * out.stride[1]] = sum_lanes<T>(total);
             }
         }
     }
