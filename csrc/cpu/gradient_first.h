@@ -178,13 +178,16 @@ void gradient_block(T* g, const Rows& a, const Rows& delta, int64_t first, int64
     gradient_panels(g, a, delta, first, positions, b, buffer, next);
 }
 
-// A block of g of block_side^2 elements: square where the tokens, packed once for each block of their columns, cost the
-// most; of few outputs where P does, whose rows are then read in long pieces; smaller until there are blocks enough.
+constexpr int64_t most_parts = 8;  // whose sums are kept apart: their order does not follow the threads
+
 struct BlockShape {
     int64_t outputs, inputs, count;
 };
 
-inline BlockShape shape_blocks(const Group& group, int64_t queries, int64_t positions, int64_t least_count) {
+// A block of g of block_side^2 elements: square where the tokens, packed once for each block of their columns, cost the
+// most; of few outputs where P does, whose rows are then read in long pieces. Smaller until there are enough of them,
+// counted, where P is little, with the chunks of examples.
+inline BlockShape shape_blocks(const Group& group, int64_t queries, int64_t positions, int64_t chunks) {
     constexpr int64_t least_outputs = 3 * tile_rows;
     int64_t most_outputs = 0, most_inputs = 0, part = positions <= 2 * queries ? 4 : positions <= 4 * queries ? 2 : 1;
     for (int64_t layer = 0; layer < group.layers; ++layer) {
@@ -195,7 +198,7 @@ inline BlockShape shape_blocks(const Group& group, int64_t queries, int64_t posi
         b.count = 0;
         for (int64_t layer = 0; layer < group.layers; ++layer)
             b.count += ceil_div(group.outputs(layer), b.outputs) * ceil_div(group.inputs(layer), b.inputs);
-        bool few = b.count < least_count;
+        bool few = b.count * (part > 1 ? 1 : chunks) < most_parts;
         if (b.inputs > block_side && (few || b.inputs / 2 >= most_inputs)) {
             b.inputs /= 2;
         } else if (b.outputs > least_outputs && (few || b.outputs / 2 >= most_outputs)) {
@@ -257,15 +260,14 @@ template <class T>
 Status gradient_first(const View& out, const Group& group, int threads) {
     constexpr int lanes = Lanes<T>::width;
     constexpr int64_t most_examples = 6 * dot_examples;  // of a block: P is read once for so many
-    constexpr int64_t most_parts = 8;  // whose sums are kept apart: their order does not follow the threads
     static_assert(block_side % Panels<T>::width == 0 && 4 * block_side <= dot_length, "whole tiles");
     int64_t Q = group.P[0].shape[0], N = group.a[0].shape[0], positions = group.a[0].shape[1];
     int64_t most_chunks = ceil_div(most(N, 1), dot_examples);
-    BlockShape blocks = shape_blocks(group, Q, positions, ceil_div(most_parts, most_chunks));
+    BlockShape blocks = shape_blocks(group, Q, positions, most_chunks);
     int64_t parts = least(blocks.count, most_parts), size = blocks.outputs * blocks.inputs;
     // Where the blocks are few, chunks of fewer examples are taken at the same time.
     int64_t chunks = least(ceil_div(most_parts, most(parts, 1)), most_chunks);
-    int64_t equal = chunk_of_examples(N, 1, least(most_examples, ceil_div(most(N, 1), chunks)));
+    int64_t equal = chunk_of_examples(N, 1, most(dot_examples, most_examples / chunks));
     int64_t rows_n = ceil_div(equal, dot_examples) * dot_examples, examples = rows_n;
     int64_t rows_q = ceil_div(Q, dot_queries) * dot_queries, size_sums = rows_q * rows_n * lanes;
     int64_t depth = ceil_div(least(positions, block_positions), 32) * 32;  // whole steps of tiles

@@ -105,27 +105,31 @@ def candidates(
     )
     if per_token:
         return [query, low_rank]
-    passes = max(1, -(-N // 36))
-    examples = -(-N // passes)
+    outputs, inputs = _block(Q, N, T, O, I)
+    parts = -(-O // outputs) * -(-I // inputs)
+    examples = padded(max(6, 36 // min(-(-8 // parts), max(1, -(-N // 6)))), 6)  # of a chunk
+    passes = max(1, -(-N // examples))
     whole = padded(O, 8) * padded(I, 16)
-    products, dots = 2 * M * whole, 2 * padded(Q, 4) * passes * padded(examples, 6) * O * padded(I, 16)
-    outputs, inputs = _block(Q, T, O, I)
+    products, dots = 2 * M * whole, 2 * padded(Q, 4) * padded(N, 6) * O * padded(I, 16)
     again = M * (O * (-(-I // inputs) - 1) + I * (-(-O // outputs) - 1))  # from a nearer cache than the first time
     gradient = Candidate(
         "gradient_first",
         products + dots,
         item * Q * p * passes + tokens,
-        item * 192 * 192 * examples,
-        packing(M * (O + I) + again / 2 + Q * p * passes / 8) + short(products, T) / 2 + 0.8 * dots,  # they wait for P
+        item * outputs * inputs * examples,
+        packing(0.7 * M * (O + I) + again / 2 + Q * p * passes / 8)
+        + short(products, T)
+        + 0.8 * dots,  # they wait for P
     )
     return [query, gradient, low_rank]
 
 
-def _block(Q: int, T: int, O: int, I: int) -> tuple[int, int]:
+def _block(Q: int, N: int, T: int, O: int, I: int) -> tuple[int, int]:
     """Outputs and inputs of a block of g in the native kernel: tokens are packed for every block that they enter."""
     wide = 4 if T <= 2 * Q else 2 if T <= 4 * Q else 1
     outputs, inputs = 192 // wide, 192 * wide
-    while -(-O // outputs) * -(-I // inputs) < 8 and max(outputs // 24, inputs // 192) > 1:
+    chunks = max(1, -(-N // 6)) if wide == 1 else 1  # of examples, which blocks are taken beside
+    while -(-O // outputs) * -(-I // inputs) * chunks < 8 and max(outputs // 24, inputs // 192) > 1:
         outputs, inputs = (outputs, inputs // 2) if inputs > 192 else (outputs // 2, inputs)
     return outputs, inputs
 
