@@ -28,6 +28,8 @@ CASES: dict[str, tuple[dict[str, int | None], dict[str, Any]]] = {
     "short rows": ({"N": 24, "T": 4, "I": 47, "O": 33}, {}),
     "large": ({"N": 9, "T": 5, "I": 130, "O": 97, "Q": 9}, {"bias": True, "masked": True}),
     "large flat": ({"N": 97, "T": None, "I": 97, "O": 130, "M": 7}, {"dtype": F64, "other": True}),
+    "few positions": ({"N": 13, "T": 3, "I": 200, "O": 150}, {"bias": True, "masked": True, "layout": "transposed"}),
+    "few flat": ({"N": 70, "T": None, "I": 145, "O": 200}, {"bias": True, "layout": "strided"}),
     "bfloat16": ({"I": 33, "O": 9}, {"bias": True, "masked": True, "dtype": BF16, "layout": "transposed"}),
     "bfloat16 tokens": ({"T": None}, {"dtype": BF16, "factors": F32, "accumulator": F64, "other": True}),
     "float16 tokens": ({"T": 7, "I": 9}, {"dtype": F16, "factors": F64, "masked": True, "bias": True}),

@@ -59,9 +59,11 @@ def test_products_of_bfloat16_pieces(isa: str, precision: str, limit: float) -> 
     assert relative_error(by_kernel(given, precision), want) < limit
 
 
-@pytest.mark.parametrize(("O", "I", "N"), ((1, 1, 1), (7, 130, 33), (130, 7, 31), (97, 131, 70), (65, 650, 2100)))
+@pytest.mark.parametrize(
+    ("O", "I", "N"), ((1, 1, 1), (7, 130, 33), (130, 7, 31), (97, 131, 70), (65, 650, 2100), (600, 1300, 33))
+)
 def test_products_of_eight_bit_pieces(isa: str, O: int, I: int, N: int) -> None:
-    """Sizes that are no multiple of anything, more k than one block has and more examples than one chunk."""
+    """Odd sizes, more k than a block and more examples than a chunk have, a weight larger than an L2 cache."""
     given, want = tokens_and_weight(0.05, O, I, N)
     got = by_kernel(given, "int8x3")
     assert relative_error(got, want) < 2e-4  # what kernels.h allows; without tiles it is float32
