@@ -71,10 +71,10 @@ def run_group(op: str, how: dict[str, Any]) -> None:
 ONE_POSITION = ("ekfac_diagonal_update_", "ekfac_self_influence", "weighted_ghost_dot")  # what T = 1 does otherwise
 
 # The hardest for the registers, rows that no vector load fits and a bias; and the usual, on the widest tiles.
-SHAPES: dict[int, tuple[dict[str, int | None], dict[str, Any], str]] = {
-    80: ({"I": 130, "O": 130}, {"bias": True, "masked": True}, "highest"),
-    90: ({"I": 256, "O": 256}, {"dtype": BF16}, "medium"),
-}
+SHAPES: tuple[tuple[dict[str, int | None], dict[str, Any], str], ...] = (
+    ({"I": 130, "O": 130}, {"bias": True, "masked": True}, "highest"),
+    ({"I": 256, "O": 256}, {"dtype": BF16}, "medium"),
+)
 
 
 class StandIn:
@@ -101,19 +101,25 @@ def compiled(architecture: int) -> Iterator[dict[str, Any]]:
 
     triton.runtime.driver.set_active(StandIn(architecture))
     triton.JITFunction.__getitem__ = compile_only
-    dims, how, precision = SHAPES[architecture]
-    torch.set_float32_matmul_precision(precision)
-    for op in (*OPS, *GROUPED):
-        for T in (40, 1) if op in ONE_POSITION else (40,):
-            seen.clear()
-            with ihvp.use("triton"):
-                if op in GROUPED:
-                    dtype, bias = how.get("dtype", F32), how.get("bias", False)
-                    getattr(ops, op)(**make_group(op, dtype, T=T, bias=bias, widths=((dims["I"], dims["O"]),)))
-                else:
-                    make(op, {"N": 4, "M": 4, "S": T, "T": T, "R": 64, "Q": 20, **dims}, **how).fresh()()
-            for kernel, result in seen:
-                yield {"op": op, "kernel": kernel.__name__, "T": T, **resources(result.asm["cubin"])}
+    for dims, how, precision in SHAPES:
+        torch.set_float32_matmul_precision(precision)
+        for op in (*OPS, *GROUPED):
+            for T in (128, 1) if op in ONE_POSITION else (128,):
+                seen.clear()
+                with ihvp.use("triton"):
+                    if op in GROUPED:
+                        dtype, bias = how.get("dtype", F32), how.get("bias", False)
+                        getattr(ops, op)(**make_group(op, dtype, T=T, bias=bias, widths=((dims["I"], dims["O"]),)))
+                    else:
+                        make(op, {"N": 4, "M": 4, "S": T, "T": T, "R": 64, "Q": 20, **dims}, **how).fresh()()
+                for kernel, result in seen:
+                    yield {
+                        "op": op,
+                        "kernel": kernel.__name__,
+                        "T": T,
+                        "precision": precision,
+                        **resources(result.asm["cubin"]),
+                    }
 
 
 def resources(cubin: bytes) -> dict[str, int]:

@@ -109,6 +109,16 @@ def block(size: int, limit: int) -> int:
     return int(max(16, min(limit, triton.next_power_of_2(size))))
 
 
+def tile_of_planes(rows: int, columns: int, terms: int) -> tuple[int, int, int]:
+    """(rows, columns, terms a step) of a tile of a product of planes.
+
+    Hopper's tensor cores read operands from shared memory; before it they go through registers, and tiles are smaller.
+    """
+    hopper = not INTERPRETED and triton.runtime.driver.active.get_current_target().arch >= 90
+    edge, step = (128, 64) if hopper else (64, 32)
+    return block(rows, edge), block(columns, edge), block(terms, step)
+
+
 def count(size: int, block: int) -> int:
     return -(-size // block)
 
@@ -117,6 +127,13 @@ def splits(device: torch.device, tiles: int, depth: int, least: int) -> int:
     """Into how many parts a sum over `depth` is cut, of `least` terms or more, to fill the device twice."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     return max(1, min(2 * processors // max(tiles, 1), count(depth, least)))
+
+
+def parts_of(device: torch.device, tiles: int, items: int) -> int:
+    """Into how many parts the sum over `items` is cut: the least turns of one program a processor, then few parts."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    options = range(1, min(items, 32) + 1)
+    return min(options, key=lambda parts: count(tiles * parts, processors) * count(items, parts) * (1 + 0.01 * parts))
 
 
 def flat_rows(x: Tensor) -> tuple[int, int, int]:

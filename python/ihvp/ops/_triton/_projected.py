@@ -1,4 +1,4 @@
-"""Tokens in the eigenbasis, a chunk of examples at a time: what the sums of squared gradients are made of."""
+"""Planes of tokens, as they are or in the eigenbasis: what the sums of squared gradients are made of."""
 
 from __future__ import annotations
 
@@ -8,41 +8,56 @@ import torch
 from torch import Tensor
 
 from ihvp.ops._gpu import workspace
-from ihvp.ops._triton._launch import arithmetic
-from ihvp.ops._triton.eigenbasis_project import project
+from ihvp.ops._triton._planes import Planes, padded, planes
+from ihvp.ops._triton._product import rows_times
+
+NARROW = (torch.bfloat16, torch.float16)
 
 
-def projected_dtype(*operands: Tensor) -> torch.dtype:
-    """In which type tokens are kept between two products."""
-    medium = torch.get_float32_matmul_precision() == "medium"
-    return torch.bfloat16 if medium and all(x.dtype == torch.bfloat16 for x in operands) else torch.float32
+def alike(*operands: Tensor) -> bool:
+    """Whether all are of one 16-bit type, whose products are exact in float32."""
+    return operands[0].dtype in NARROW and all(x.dtype == operands[0].dtype for x in operands)
 
 
-def padded(features: int) -> int:
-    """Rows of a multiple of 16 elements are read 16 bytes at a time."""
-    return -(-features // 16) * 16
+def token_planes(a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool) -> tuple[Planes, Planes]:
+    """Of tokens; at T = 1 of their squares, which in 16 bits would not be exact, with a common scale."""
+    if a.shape[1] == 1:
+        return (
+            planes(a, mask, bias, common=True, square=True),
+            planes(delta, mask, common=True, square=True),
+        )
+    narrow = alike(a, delta)
+    return planes(a, mask, bias, narrow=narrow), planes(delta, mask, narrow=narrow)
 
 
 def projected(
     op: str, a: Tensor, delta: Tensor, U_A: Tensor, U_G: Tensor, mask: Tensor | None, bias: bool
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(examples, a U_A, delta U_G): mask and bias are in them, and zeros up to the padded width.
+) -> Iterator[tuple[slice, Planes, Planes]]:
+    """(examples, a U_A, delta U_G), a chunk of examples at a time; at T = 1 their squares.
 
-    The memory of one chunk serves for the next.
+    Of bfloat16 tokens and bases they are bfloat16 at torch's "medium" float32 matmul precision.
     """
     (N, T, _), I, O = a.shape, padded(U_A.shape[1]), padded(U_G.shape[1])
-    dtype = projected_dtype(a, delta, U_A, U_G)
-    chunk, (x, d) = workspace(
-        op,
-        N,
-        T * (O + I) * dtype.itemsize,
-        lambda n: (a.new_empty(n, T, I, dtype=dtype), a.new_empty(n, T, O, dtype=dtype)),
-    )
+    medium = torch.get_float32_matmul_precision() == "medium" and alike(a, delta, U_A, U_G)
+    bases = [planes(U.unsqueeze(0), narrow=medium) for U in (U_A, U_G)]
+    bytes_each = 8 * T * (O + I)  # planes before and after, or bfloat16 before and float32 after
+    chunk, _ = workspace(op, N, bytes_each, lambda n: a.new_empty(n * bytes_each, dtype=torch.uint8))
     for n in range(0, N, chunk):
         part = slice(n, min(n + chunk, N))
         own = None if mask is None else mask[part]
         yield (
             part,
-            project(x[: part.stop - n], a[part], U_A, own, bias, arithmetic(a, U_A)),
-            project(d[: part.stop - n], delta[part], U_G, own, False, arithmetic(delta, U_G)),
+            in_basis(a[part], bases[0], own, bias, medium),
+            in_basis(delta[part], bases[1], own, False, medium),
         )
+
+
+def in_basis(x: Tensor, U: Planes, mask: Tensor | None, bias: bool, narrow: bool) -> Planes:
+    own = planes(x, mask, bias, narrow=narrow)
+    if narrow and x.shape[1] > 1:  # a plain product of one type, and so the library's
+        return Planes(own.high[..., : U.high.shape[1]] @ U.high[0])
+    if x.shape[1] > 1:
+        return rows_times(own, U)
+    out = torch.empty(*x.shape[:2], U.high.shape[2], device=x.device)
+    rows_times(own, U, out)
+    return planes(out, common=True, square=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ihvp.ops._triton._projected import projected
-from ihvp.ops._triton.gradient_dot import row_dot
+from ihvp.ops._triton._planes import Planes, planes
+from ihvp.ops._triton._product import row_dots
+from ihvp.ops._triton._projected import projected, token_planes
 from ihvp.ops._triton.per_sample_gradient import weighted_squares
 
 
@@ -25,15 +26,15 @@ def run(
         return torch.zeros(N, device=a.device)
     weight = 1 / (Lambda.float().contiguous() + damping)
     if U_A is None or U_G is None:
-        return influence(a, delta, weight, mask, bias)
+        return influence(*token_planes(a, delta, mask, bias), weight, T)
     out = torch.empty(N, device=a.device)
     for part, x, d in projected("ekfac_self_influence", a, delta, U_A, U_G, mask, bias):
-        out[part] = influence(x, d, weight, None, False)
+        out[part] = influence(x, d, weight, T)
     return out
 
 
-def influence(a: Tensor, delta: Tensor, weight: Tensor, mask: Tensor | None, bias: bool) -> Tensor:
-    """At T = 1 the square of the product is the product of the squares, and the sum a row dot."""
-    if a.shape[1] == 1:
-        return row_dot(weight.unsqueeze(0), a, delta, mask, bias, squared=True)[0]
-    return weighted_squares(a, delta, weight, mask, bias)
+def influence(a: Planes, delta: Planes, weight: Tensor, T: int) -> Tensor:
+    """At T = 1 of planes of squares: the square of the product is the product of the squares, the sum a row dot."""
+    if T == 1:
+        return row_dots(planes(weight.unsqueeze(0)), a, delta)[0]
+    return weighted_squares(a, delta, weight)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ihvp.ops._gpu import workspace
-from ihvp.ops._triton._launch import ACCURATE
-from ihvp.ops._triton.eigenbasis_project import project
-from ihvp.ops._triton.eigenbasis_rotate import rotate_rows
+from ihvp.ops._triton._planes import planes
+from ihvp.ops._triton._product import left_times, rows_times
 
 
 def on_device(damping: Sequence[float], device: torch.device) -> Tensor:
@@ -27,13 +26,17 @@ def run(V: Tensor, U_A: Tensor, U_G: Tensor, Lambda: Tensor, damping: Sequence[f
     if out.numel() == 0:
         return out
     shifts = on_device(damping, V.device)
-    chunk, space = workspace(
-        "ekfac_solve", Q, 4 * O * I * (D + 1), lambda q: torch.empty(D + 1, q, O, I, device=V.device)
-    )
+    right, left = (planes(U.unsqueeze(0), accurate=True) for U in (U_A, U_G))
+    bytes_each = 4 * O * I * (D + 3)
+    chunk, _ = workspace("ekfac_solve", Q, bytes_each, lambda q: V.new_empty(q * bytes_each, dtype=torch.uint8))
     for q in range(0, Q, chunk):
-        part = V[q : q + chunk]
-        half, rotated = space[0, : len(part)], space[1:, : len(part)]
-        rotate_rows(rotated, U_G, project(half, part, U_A, None, False, ACCURATE), (Lambda, shifts))
+        part = slice(q, q + chunk)
+        half = rows_times(planes(V[part], accurate=True), right)
+        size = half.high.shape[0]
+        divided = torch.empty(D, size, O, I, device=V.device)
+        largest = torch.zeros(D, size, dtype=torch.int32, device=V.device)
+        left_times(left, half, divided, transposed=True, Lambda=Lambda, damping=shifts, largest=largest)
         for d in range(D):
-            rotate_rows(out[d, q : q + chunk], U_G.T, project(half, rotated[d], U_A.T, None, False, ACCURATE))
+            half = rows_times(planes(divided[d], accurate=True, largest=largest[d]), right, transposed=True)
+            left_times(left, half, out[d, part], transposed=False)
     return out

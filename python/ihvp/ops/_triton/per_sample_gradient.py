@@ -7,127 +7,98 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ihvp.ops._triton._launch import arithmetic, block, count, depth, launch, mask_bytes, warps
-from ihvp.ops._triton._tile import corner, gradient_tile
+from ihvp.ops._triton._launch import INTERPRETED, count, launch, tile_of_planes, warps
+from ihvp.ops._triton._outer import outer_tile
+from ihvp.ops._triton._planes import Planes
+from ihvp.ops._triton._projected import alike, planes
 
 
 @triton.jit
 def gradient_kernel(
     out_ptr,
-    a_ptr,
-    d_ptr,
-    mask_ptr,
+    D,
+    D_low,
+    X,
+    X_low,
+    scale_d_ptr,
+    scale_x_ptr,
     weight_ptr,
     N,
     T,
     O,
     I,
-    features_a,
-    features_d,
-    stride_an,
-    stride_at,
-    stride_ai,
-    stride_dn,
-    stride_dt,
-    stride_do,
-    BIAS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LOW: tl.constexpr,
+    WIDEN: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    tiles = tl.cdiv(O, BLOCK_O) * tl.cdiv(I, BLOCK_I)
-    n, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    o, i = corner(tile, tl.cdiv(I, BLOCK_I), BLOCK_O, BLOCK_I)
-    acc = gradient_tile(
-        a_ptr,
-        d_ptr,
-        mask_ptr,
-        n,
-        T,
-        o,
-        i,
-        features_a,
-        features_d,
-        stride_an,
-        stride_at,
-        stride_ai,
-        stride_dn,
-        stride_dt,
-        stride_do,
-        BIAS,
-        DTYPE,
-        PRECISION,
-        BLOCK_O,
-        BLOCK_I,
-        BLOCK_T,
-    )
-    inside = (o < O)[:, None] & (i < I)[None, :]
+    across = tl.cdiv(I, BLOCK_I)
+    tiles = tl.cdiv(O, BLOCK_O) * across
+    n, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    row, column = tile // across * BLOCK_O, tile % across * BLOCK_I
+    acc = outer_tile(D, D_low, X, X_low, n, 0, T, row, column, LOW, WIDEN, BLOCK_O, BLOCK_I, BLOCK_T)
+    if scale_d_ptr is not None:
+        acc *= tl.load(scale_d_ptr + n) * tl.load(scale_x_ptr + n)
+    r, c = tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_I)
+    inside = (row + r < O)[:, None] & (column + c < I)[None, :]
+    at = r[:, None] * I + c[None, :]
     if weight_ptr is None:
-        at = out_ptr + (n * O + o)[:, None] * I + i[None, :]
-        tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=inside)
+        out_ptr += (n.to(tl.int64) * O + row) * I + column
+        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=inside)
     else:
-        weight = tl.load(weight_ptr + o[:, None] * I + i[None, :], mask=inside, other=0.0)
+        weight = tl.load(weight_ptr + row.to(tl.int64) * I + column + at, mask=inside, other=0.0)
         tl.store(out_ptr + tile.to(tl.int64) * N + n, tl.sum(tl.sum(acc * acc * weight, 1), 0))
 
 
-def gradients(out: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool) -> Tensor:
+def gradients(out: Tensor, a: Planes, delta: Planes) -> Tensor:
     """Into `out` (N,O,I'), contiguous, of any type."""
-    return by_example(out, a, delta, None, mask, bias, *out.shape[1:])
+    return by_example(out, a, delta, None, *out.shape[1:])
 
 
-def weighted_squares(a: Tensor, delta: Tensor, weight: Tensor, mask: Tensor | None, bias: bool) -> Tensor:
+def weighted_squares(a: Planes, delta: Planes, weight: Tensor) -> Tensor:
     """(N,): sum_oi weight[o,i] g_n[o,i]^2, weight (O,I') contiguous float32."""
-    return by_example(None, a, delta, weight, mask, bias, *weight.shape).sum(0)
+    return by_example(None, a, delta, weight, *weight.shape).sum(0)
 
 
-def by_example(
-    out: Tensor | None,
-    a: Tensor,
-    delta: Tensor,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    bias: bool,
-    O: int,
-    I: int,
-) -> Tensor:
+def by_example(out: Tensor | None, a: Planes, delta: Planes, weight: Tensor | None, O: int, I: int) -> Tensor:
     """(O,I') of each gradient into `out`; or with a weight their weighted sums of squares, (tiles,N)."""
-    N, T, features = a.shape
-    how = arithmetic(a, delta)
-    widest = how.limit(a, delta)
-    rows, columns = block(O, widest), block(I, widest)
+    N, T, _ = a.high.shape
+    rows, columns, step = tile_of_planes(O, I, T)
     tiles = count(O, rows) * count(I, columns)
     if out is None:
-        out = torch.empty(tiles, N, device=a.device)
+        out = torch.empty(tiles, N, device=a.high.device)
     launch(
         gradient_kernel,
         (N * tiles,),
         out,
-        a,
-        delta,
-        mask_bytes(mask),
+        *delta.descriptors(step, rows),
+        *a.descriptors(step, columns),
+        delta.scale,
+        a.scale,
         weight,
         N,
         T,
         O,
         I,
-        features,
-        delta.shape[2],
-        *a.stride(),
-        *delta.stride(),
         constants={
-            **how.constants,
-            "BIAS": bias,
+            "LOW": a.low is not None,
+            "WIDEN": INTERPRETED,
             "BLOCK_O": rows,
             "BLOCK_I": columns,
-            "BLOCK_T": depth(how),
+            "BLOCK_T": step,
         },
         warps=warps(rows, columns),
+        stages=2,
     )
     return out
 
 
 def run(a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool) -> Tensor:
     out = torch.empty(a.shape[0], delta.shape[2], a.shape[2] + bias, device=a.device)
-    return gradients(out, a, delta, mask, bias)
+    if a.shape[1] == 0:
+        return out.zero_()
+    if out.numel() == 0:
+        return out
+    narrow = alike(a, delta)
+    return gradients(out, planes(a, mask, bias, narrow=narrow), planes(delta, mask, narrow=narrow))
