@@ -144,18 +144,20 @@ def symmetric_eigen(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
     matrix = symmetric_part(matrix, what)
     scale = matrix.diagonal().abs().max().clamp_min(torch.finfo(torch.float64).tiny)
     scaled = matrix / scale
-    jittered = scaled + 1e-12 * scaled.diagonal().mean() * torch.eye(
-        len(scaled), dtype=scaled.dtype, device=scaled.device
-    )
     failure: Exception | None = None
-    for attempt in (scaled, jittered, jittered.cpu()):
+    for attempt in (lambda x: x, jittered, lambda x: jittered(x).cpu()):
         try:
-            values, vectors = torch.linalg.eigh(attempt)
+            values, vectors = torch.linalg.eigh(attempt(scaled))
         except torch.linalg.LinAlgError as error:
             failure = error
             continue
         return (values.clamp_min(0) * scale.to(values.device)).to(matrix.device), vectors.to(matrix.device)
     raise torch.linalg.LinAlgError(f"{what} {tuple(matrix.shape)} could not be diagonalised: {failure}")
+
+
+def jittered(matrix: Tensor) -> Tensor:
+    jitter = 1e-12 * matrix.diagonal().mean()
+    return matrix + jitter * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
 
 
 def symmetric_part(matrix: Tensor, what: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,10 +28,16 @@ REGISTERS = 255  # a thread may have; left alone, ptxas spills a few of them to 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], *arguments: Any, constants: Mapping[str, Any], warps: int, stages: int = 3
 ) -> None:
     """Run a kernel on the device and the current stream of its first argument; nothing waits for it.
+
+    Triton looks through all arguments at each launch, which takes longer than a small kernel: what it compiled is kept
+    here by what it makes a difference for.
 
     Raises RuntimeError for a device older than the kernels' instructions, ValueError for more programs than one launch
     can have.
@@ -40,16 +47,49 @@ def launch(
     if grid[0] >= 2**31 or max(grid[1:], default=0) >= 2**16:
         raise ValueError(f"this call is too large for one launch: {grid} programs; pass fewer examples at a time")
     device = arguments[0].device
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": REGISTERS}
     if device.type != "cuda":  # the interpreter
-        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, maxnreg=REGISTERS)
+        kernel[grid](*arguments, **constants, **options)
         return
-    capability = torch.cuda.get_device_capability(device)
-    if capability < LEAST_CAPABILITY:
+    if capability(device.index) < LEAST_CAPABILITY:
         raise RuntimeError(
-            f"the Triton kernels need compute capability 8.0 or newer, {device} has {capability[0]}.{capability[1]}"
+            "the Triton kernels need compute capability 8.0 or newer, "
+            f"{device} has {'.'.join(map(str, capability(device.index)))}"
         )
+    values = [constants[name] for name in kernel.arg_names[len(arguments) :]]
+    key = (kernel, device.index, warps, stages, *values, *map(_kind, arguments))
     with torch.cuda.device(device) if device.index != torch.cuda.current_device() else contextlib.nullcontext():
-        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, maxnreg=REGISTERS)
+        if key in _compiled:
+            _compiled[key][(*grid, 1, 1)[:3]](*arguments, *values)
+        else:
+            _compiled[key] = kernel[grid](*arguments, **constants, **options)
+
+
+def _kind(x: Any) -> Any:
+    """What Triton compiles other code for: types, multiples of 16 and the number 1."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    if isinstance(x, int):
+        return x == 1, x % 16 == 0, x >= 2**31
+    return None if x is None else (x.base.dtype, *x.block_shape)
+
+
+@functools.cache
+def capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 2
+
+
+@functools.cache
+def hopper(device: torch.device) -> bool:
+    """Whether the device's tensor cores read their operands from shared memory."""
+    if device.type == "cuda":
+        return capability(device.index) >= (9, 0)
+    return not INTERPRETED and triton.runtime.driver.active.get_current_target().arch >= 90  # compiled, not run
 
 
 @dataclass(frozen=True)
@@ -109,13 +149,12 @@ def block(size: int, limit: int) -> int:
     return int(max(16, min(limit, triton.next_power_of_2(size))))
 
 
-def tile_of_planes(rows: int, columns: int, terms: int) -> tuple[int, int, int]:
+def tile_of_planes(device: torch.device, rows: int, columns: int, terms: int) -> tuple[int, int, int]:
     """(rows, columns, terms a step) of a tile of a product of planes.
 
     Hopper's tensor cores read operands from shared memory; before it they go through registers, and tiles are smaller.
     """
-    hopper = not INTERPRETED and triton.runtime.driver.active.get_current_target().arch >= 90
-    edge, step = (128, 64) if hopper else (64, 32)
+    edge, step = (128, 64) if hopper(device) else (64, 32)
     return block(rows, edge), block(columns, edge), block(terms, step)
 
 
@@ -125,13 +164,16 @@ def count(size: int, block: int) -> int:
 
 def splits(device: torch.device, tiles: int, depth: int, least: int) -> int:
     """Into how many parts a sum over `depth` is cut, of `least` terms or more, to fill the device twice."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return max(1, min(2 * processors // max(tiles, 1), count(depth, least)))
+    return max(1, min(2 * processors(device) // max(tiles, 1), count(depth, least)))
 
 
 def parts_of(device: torch.device, tiles: int, items: int) -> int:
     """Into how many parts the sum over `items` is cut: the least turns of one program a processor, then few parts."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return _parts_of(processors(device), tiles, items)
+
+
+@functools.lru_cache(4096)
+def _parts_of(processors: int, tiles: int, items: int) -> int:
     options = range(1, min(items, 32) + 1)
     return min(options, key=lambda parts: count(tiles * parts, processors) * count(items, parts) * (1 + 0.01 * parts))
 

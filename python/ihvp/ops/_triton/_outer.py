@@ -144,7 +144,7 @@ def add_sums(out: Tensor, d: Planes, x: Planes, items: int, T: int, *, square: b
     """out (O,I) += the sum over items of sum_t d x^T, or of its squares; with `triangle` of x with itself."""
     O, I = out.shape
     low = d.low is not None
-    rows, columns, step = tile_of_planes(O, I, T)
+    rows, columns, step = tile_of_planes(out.device, O, I, T)
     tiles = count(O, rows) * count(I, columns)
     if triangle:
         rows = columns = max(rows, columns)

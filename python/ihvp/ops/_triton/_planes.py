@@ -80,10 +80,10 @@ def exponent_of(largest):
 
 
 @triton.jit
-def keep_largest(at, x, inside):
+def keep_largest(at, x):
     """at = max(at, |x|) of the finite numbers. A maximum comes out the same in any order."""
     size = tl.abs(x)
-    size = tl.where(inside & (size < float("inf")), size, 0.0)
+    size = tl.where(size < float("inf"), size, 0.0)
     tl.atomic_max(at, tl.max(tl.max(size, 1), 0).to(tl.int32, bitcast=True), sem="relaxed")
 
 
@@ -129,7 +129,7 @@ def read_kernel(
     if SQUARE:
         x = x * x
     if MEASURE:
-        keep_largest(largest_ptr + n * stride_largest, x, real[:, None] & (i < width)[None, :])
+        keep_largest(largest_ptr + n * stride_largest, x)
     else:
         if largest_ptr is not None:
             exponent = exponent_of(tl.load(largest_ptr + n * stride_largest))

@@ -62,6 +62,7 @@ def product_kernel(
     stride_x,
     EPILOGUE: tl.constexpr,
     LOW: tl.constexpr,
+    MANY_SCALES: tl.constexpr,
     TRANSPOSED_A: tl.constexpr,
     TRANSPOSED_B: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -94,9 +95,12 @@ def product_kernel(
     inside = real[:, None] & (column + c < width)[None, :]
     at = r[:, None] * width + c[None, :]
     corner = (batch * M + row) * width + column
-    scale = tl.full((BLOCK_M,), 1.0, tl.float32)
+    scale = tl.full((BLOCK_M,) if MANY_SCALES else (1,), 1.0, tl.float32)
     if scale_a_ptr is not None:
-        scale *= tl.load(scale_a_ptr + batch * step_a + m // rows_each, mask=real, other=1.0)
+        if MANY_SCALES:
+            scale *= tl.load(scale_a_ptr + m // rows_each, mask=real, other=1.0)
+        else:
+            scale *= tl.load(scale_a_ptr + batch * step_a)
     if scale_b_ptr is not None:
         scale *= tl.load(scale_b_ptr + batch * step_b)
     if EPILOGUE == "store":
@@ -117,7 +121,7 @@ def product_kernel(
             Lambda = tl.load(Lambda_ptr + where, mask=inside, other=1.0).to(tl.float32)
             divided = acc / (Lambda + tl.load(damping_ptr + d))
             tl.store(out_ptr + at, divided, mask=inside)
-            keep_largest(largest_ptr + d * batches + batch, divided, inside)
+            keep_largest(largest_ptr + d * batches + batch, divided)  # beyond the edges are zeros
             out_ptr += batches * tl.cast(M, tl.int64) * width
     else:  # "rows"
         corner = row.to(tl.int64) * stride_x + column
@@ -148,7 +152,9 @@ def multiply(
     """Launch the kernel: `size` is (M,J,K), `width` the columns computed; A's rows have a scale every `rows_each`."""
     M, J, K = size
     low = A.low is not None and B.low is not None
-    rows, columns, depth = tile_of_planes(M, width, K)
+    rows, columns, depth = tile_of_planes(A.high.device, M, width, K)
+    if epilogue == "divide":
+        columns = min(columns, 64)  # room for the addresses of Lambda and of what is stored
     more = more or {}
     descriptors = (
         *A.descriptors(*((depth, rows) if transposed[0] else (rows, depth))),
@@ -179,6 +185,7 @@ def multiply(
         constants={
             "EPILOGUE": epilogue,
             "LOW": low,
+            "MANY_SCALES": rows_each is not None,
             "TRANSPOSED_A": transposed[0],
             "TRANSPOSED_B": transposed[1],
             "WIDEN": INTERPRETED,
@@ -258,7 +265,7 @@ def row_dots(P: Planes, x: Planes, d: Planes) -> Tensor:
     """(Q,M): sum_oi d[m,o] P[q,o,i] x[m,i], of M = N T rows."""
     (Q, O, I), (N, T, _) = P.high.shape, x.high.shape
     width = min(I, x.high.shape[2])
-    parts = count(width, tile_of_planes(N * T, width, O)[1])
+    parts = count(width, tile_of_planes(x.high.device, N * T, width, O)[1])
     out = torch.empty(parts, Q, N * T, device=x.high.device)
     more = {"x": x.high, "x_low": x.low, "scale_x": x.scale, "stride_x": x.high.stride(1)}
     multiply(flat(d), P, Q, (N * T, I, O), width, {"out": out}, "rows", rows_each=T, more=more)

@@ -1,20 +1,90 @@
-"""S[q,n] = <P_q, g_n>: query-first with a row dot as the epilogue, or gradient-first through blocks of g.
+"""S[q,n] = <P_q, g_n>: query-first with a row dot as the epilogue, or gradient-first through stored blocks of g.
 
-The first costs 2 Q M p multiplications and stores nothing but scores; the second 2 (M + Q N) p, and its blocks of g
-stay in the L2 cache. Which is less follows from their shapes: `query_first_pays`.
+The first costs 2 Q M p multiplications and stores nothing but scores; the second 2 (M + Q N) p and carries every g to
+memory and back once. Which is less follows from their shapes: `query_first_pays`.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from ihvp.ops._gpu import workspace
+from ihvp.ops._triton._launch import INTERPRETED, block, count, launch, processors, wide_arithmetic
 from ihvp.ops._triton._planes import Planes, planes
 from ihvp.ops._triton._product import row_dots
 from ihvp.ops._triton._projected import alike
 from ihvp.ops._triton.per_sample_gradient import gradients
 
-BLOCK_BYTES = 16 << 20  # of g at a time: with the queries' rows beside them a third of an L2 cache
+FEW = 64  # queries up to which the library's product of two flat, very long operands is slower than `dots`
+
+
+@triton.jit
+def dots_kernel(
+    out_ptr,
+    P_ptr,
+    g_ptr,
+    Q,
+    N,
+    p,
+    per_split,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # out[split,q,n] = sum of the split's k of P[q,k] g[n,k].
+    split = tl.program_id(0).to(tl.int64)
+    q = tl.arange(0, BLOCK_Q)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    P_ptr += split * per_split + q[:, None].to(tl.int64) * p + k[None, :]
+    g_ptr += split * per_split + n[:, None].to(tl.int64) * p + k[None, :]
+    end = tl.minimum(p - split * per_split, per_split)
+    acc = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
+    for start in range(0, end, BLOCK_K):
+        inside = start + k < end
+        P = tl.load(P_ptr + start, mask=(q < Q)[:, None] & inside[None, :], other=0.0)
+        g = tl.load(g_ptr + start, mask=(n < N)[:, None] & inside[None, :], other=0.0)
+        if WIDEN:
+            P, g = P.to(tl.float32), g.to(tl.float32)
+        acc = tl.dot(P, tl.trans(g), acc, input_precision=PRECISION)
+    tl.store(out_ptr + (split * Q + q[:, None]) * N + n[None, :], acc, mask=(q < Q)[:, None] & (n < N)[None, :])
+
+
+def dots(P: Tensor, g: Tensor) -> Tensor:
+    """(Q,N) of P (Q,p) and g (N,p), contiguous and of one type."""
+    (Q, p), N = P.shape, g.shape[0]
+    if Q > FEW:
+        return (P @ g.T).float()
+    precision = wide_arithmetic().precision if P.dtype == torch.float32 else "ieee"
+    rows, columns, step = block(Q, FEW), block(N, FEW), 32 if precision == "tf32x3" else 128
+    across = count(N, columns)
+    per_split = count(count(p, step), max(1, 4 * processors(P.device) // across)) * step
+    out = torch.empty(count(p, per_split), Q, N, device=P.device)
+    launch(
+        dots_kernel,
+        (len(out), across),
+        out,
+        P,
+        g,
+        Q,
+        N,
+        p,
+        per_split,
+        constants={
+            "WIDEN": INTERPRETED,
+            "PRECISION": precision,
+            "BLOCK_Q": rows,
+            "BLOCK_N": columns,
+            "BLOCK_K": step,
+        },
+        warps=4,
+    )
+    return out.sum(0)
 
 
 def query_first_pays(Q: int, T: int) -> bool:
@@ -23,16 +93,17 @@ def query_first_pays(Q: int, T: int) -> bool:
 
 
 def gradient_first(P: Tensor, a: Planes, delta: Planes, dtype: torch.dtype) -> Tensor:
-    """Blocks of g, each met with all queries in one plain product of torch."""
+    """Blocks of g, each met with all queries."""
     N, (Q, O, I) = a.high.shape[0], P.shape
     queries = P.to(dtype).reshape(Q, O * I)
     out = torch.empty(Q, N, device=P.device)
-    chunk = max(1, min(N, BLOCK_BYTES // (O * I * dtype.itemsize)))
-    g = torch.empty(chunk, O, I, dtype=dtype, device=P.device)
+    chunk, g = workspace(
+        "gradient_dot", N, O * I * dtype.itemsize, lambda n: torch.empty(n, O, I, dtype=dtype, device=P.device)
+    )
     for n in range(0, N, chunk):
         part = slice(n, min(n + chunk, N))
         own = gradients(g[: part.stop - n], a[part], delta[part])
-        out[:, part] = queries @ own.flatten(1).T
+        out[:, part] = dots(queries, own.flatten(1))
     return out
 
 

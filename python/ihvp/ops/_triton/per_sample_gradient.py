@@ -64,7 +64,7 @@ def weighted_squares(a: Planes, delta: Planes, weight: Tensor) -> Tensor:
 def by_example(out: Tensor | None, a: Planes, delta: Planes, weight: Tensor | None, O: int, I: int) -> Tensor:
     """(O,I') of each gradient into `out`; or with a weight their weighted sums of squares, (tiles,N)."""
     N, T, _ = a.high.shape
-    rows, columns, step = tile_of_planes(O, I, T)
+    rows, columns, step = tile_of_planes(a.high.device, O, I, T)
     tiles = count(O, rows) * count(I, columns)
     if out is None:
         out = torch.empty(tiles, N, device=a.high.device)
