@@ -21,6 +21,18 @@ const char* launch_ekfac_diagonal_update(float* out, const void* d, const void* 
 const char* launch_covariance_update(double* out, const void* x, Operands type, int64_t rows, int64_t d, int64_t width,
                                      int64_t parts, int64_t chunk, int terms, void* stream);
 
+// A plane of 16-bit numbers as a tensor map reaches it: strides are multiples of 8 elements.
+struct Plane {
+    const void* data;
+    int64_t slices, rows, features, stride_slice, stride_row;
+};
+
+// out += sum over items of sum_t d x^T, or of its square; of a triangle x is d. `parts` (part_count,O,I) is scratch; with
+// two planes a number is their sum, times a scale for each item where squared, else for all.
+const char* launch_sums_hopper(void* out, bool wide, float* parts, int64_t part_count, const Plane* d, const Plane* x,
+                               int planes, Operands type, const float* scale_d, const float* scale_x, int64_t items,
+                               int64_t T, int64_t O, int64_t I, bool square, bool triangle, void* stream);
+
 // out[layer,q,n] = <P_layer[q], g_layer[n]>. A layer's row of the table: P, contiguous float32, a, delta; O, I';
 // three strides of each.
 const char* launch_gradient_dot_grouped(float* out, const int64_t* table, const unsigned char* mask, Operands type,

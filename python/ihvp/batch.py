@@ -93,6 +93,33 @@ def all_finite(x: Tensor) -> bool:
     return math.isfinite(float(x.detach().sum())) or bool(x.isfinite().all())
 
 
+class FiniteChecks:
+    """Checks that tensors are finite. On a GPU they are asked about together: each answer would wait for the device."""
+
+    def __init__(self) -> None:
+        self._extremes: list[Tensor] = []
+        self._messages: list[str] = []
+
+    def add(self, x: Tensor, message: str, mask: Tensor | None = None) -> None:
+        """Raises FloatingPointError when x is not finite where the mask is True: at once on a CPU, else in `finish`."""
+        if x.device.type == "cpu":
+            if not all_finite(x) and (mask is None or not all_finite(x[mask])):
+                raise FloatingPointError(message)
+        elif x.numel() > 0:
+            seen = x.detach() if mask is None else torch.where(mask.unsqueeze(-1), x.detach(), 0)
+            self._extremes += torch.aminmax(seen)
+            self._messages.append(message)
+
+    def finish(self) -> None:
+        """Raises FloatingPointError for the first tensor that was not finite."""
+        if self._extremes:
+            finite = torch.stack([x.double() for x in self._extremes]).isfinite().tolist()
+            for k, message in enumerate(self._messages):
+                if not (finite[2 * k] and finite[2 * k + 1]):
+                    raise FloatingPointError(message)
+            self._extremes, self._messages = [], []
+
+
 def tensors(x: Any) -> Iterator[Tensor]:
     """Every tensor in nested tuples, lists and mappings."""
     if isinstance(x, Tensor):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ihvp.batch import Batch, all_finite
+from ihvp.batch import Batch, FiniteChecks
 from ihvp.cache import TokenCache, Tokens
 from ihvp.model import InfluenceModel, Layer, LossFn
 
@@ -192,6 +192,7 @@ class _Capture:
         self.uses: dict[Layer, list[_Use]] = {}
         self.seen: set[Layer] = set()
         self.forward = True
+        self.finite = FiniteChecks()
 
     def hook(self, layer: Layer) -> Callable[..., Any]:
         def after_forward(
@@ -250,8 +251,7 @@ class _Capture:
             mask = torch.cat([w if m is None else m for m, w in zip(masks, whole, strict=True)], dim=1)
         joined_a, joined_delta = (x[0] if len(x) == 1 else torch.cat(x, dim=1) for x in (a, delta))
         for what, x in (("input", joined_a), ("output gradient", joined_delta)):
-            if not all_finite(x) and (mask is None or not all_finite(x[mask])):
-                raise FloatingPointError(f"layer {layer.name!r}, batch {self.index}: the {what} is not finite")
+            self.finite.add(x, f"layer {layer.name!r}, batch {self.index}: the {what} is not finite", mask)
         self.sink(layer, joined_a, joined_delta, mask)
 
     def mask(self, layer: Layer, use: _Use, x: Tensor) -> Tensor | None:
@@ -268,3 +268,4 @@ class _Capture:
             reached = [use for use in uses if use.delta is not None]
             if reached:
                 self.hand_over(layer, reached)
+        self.finite.finish()

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ihvp import ops
-from ihvp.batch import Batch, all_finite
+from ihvp.batch import Batch, FiniteChecks
 from ihvp.capture import capture
 from ihvp.methods.blocks import Block, BlockStructure, make_blocks
 from ihvp.methods.damping import Damping, check_damping
@@ -295,10 +295,9 @@ def concatenate(parts: Sequence[Vectors]) -> Vectors:
     return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
 
 
-def check_finite(layer: Layer, index: int, **values: Tensor) -> None:
+def check_finite(finite: FiniteChecks, layer: Layer, index: int, **values: Tensor) -> None:
     for what, x in values.items():
-        if not all_finite(x):
-            raise FloatingPointError(f"layer {layer.name!r}, batch {index}: {what.replace('_', ' ')} is not finite")
+        finite.add(x, f"layer {layer.name!r}, batch {index}: {what.replace('_', ' ')} is not finite")
 
 
 def check_reached(model: InfluenceModel, reached: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ihvp import ops
+from ihvp.batch import FiniteChecks
 from ihvp.capture import capture
 from ihvp.methods.base import LayerwiseIHVP, Vectors, batches, check_finite, check_reached, read_state
 from ihvp.methods.damping import Damping, check_regular, resolve_damping
@@ -59,6 +60,7 @@ class DiagonalIHVP(LayerwiseIHVP):
             name: torch.zeros(layer.shape, dtype=torch.float64, device=model.device)
             for name, layer in model.layers.items()
         }
+        finite = FiniteChecks()
         generator = target_generator(self.fisher, self.seed)
         examples = 0
         reached: set[str] = set()
@@ -67,10 +69,11 @@ class DiagonalIHVP(LayerwiseIHVP):
             def sink(layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None, index: int = index) -> None:
                 total = sums[layer.name]
                 ops.ekfac_diagonal_update_(total, a, delta, None, None, mask=mask, bias=layer.bias)
-                check_finite(layer, index, diagonal=total.sum())
+                check_finite(finite, layer, index, diagonal=total.sum())
                 reached.add(layer.name)
 
             capture(model, batch, sink, index=index, generator=generator)
+            finite.finish()
             examples += batch.size
         check_reached(model, reached)
         self._sums, self._examples = sums, examples

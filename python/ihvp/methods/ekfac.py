@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ihvp import ops
+from ihvp.batch import FiniteChecks
 from ihvp.capture import capture
 from ihvp.methods.base import Vectors, batches, check_finite, check_reached, read_state
 from ihvp.methods.damping import Damping, check_regular, resolve_damping
@@ -83,6 +84,7 @@ class EKFACIHVP(KroneckerIHVP):
             name: torch.zeros(layer.shape, dtype=torch.float64, device=model.device)
             for name, layer in model.layers.items()
         }
+        finite = FiniteChecks()
         generator = target_generator(self.fisher, self.seed)
         reached: set[str] = set()
         for index, batch in batches(model, loader, "eigenvalues"):
@@ -91,10 +93,11 @@ class EKFACIHVP(KroneckerIHVP):
                 own = eigen[layer.name]
                 total = sums[layer.name]
                 ops.ekfac_diagonal_update_(total, a, delta, own.U_A, own.U_G, mask=mask, bias=layer.bias)
-                check_finite(layer, index, corrected_eigenvalues=total.sum())
+                check_finite(finite, layer, index, corrected_eigenvalues=total.sum())
                 reached.add(layer.name)
 
             capture(model, batch, sink, index=index, generator=generator)
+            finite.finish()
         check_reached(model, reached)
         return sums
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ihvp import ops
-from ihvp.batch import all_finite
+from ihvp.batch import FiniteChecks, all_finite
 from ihvp.capture import capture
 from ihvp.methods.base import LayerwiseIHVP, batches, check_finite, check_reached
 from ihvp.methods.damping import Damping
@@ -106,6 +106,7 @@ def target_generator(fisher: str, seed: int) -> torch.Generator | None:
 def sum_covariances(model: InfluenceModel, loader: Iterable[Any], fisher: str, seed: int) -> dict[str, CovarianceSums]:
     """One pass over the data: the sums of every layer."""
     sums = {name: CovarianceSums.zero(layer, model.device) for name, layer in model.layers.items()}
+    finite = FiniteChecks()
     generator = target_generator(fisher, seed)
     reached: set[str] = set()
     for index, batch in batches(model, loader, "covariances"):
@@ -114,11 +115,16 @@ def sum_covariances(model: InfluenceModel, loader: Iterable[Any], fisher: str, s
             own = sums[layer.name]
             own.add(layer, a, delta, mask)
             check_finite(
-                layer, index, activation_second_moment=own.sum_A.diagonal(), gradient_second_moment=own.sum_G.diagonal()
+                finite,
+                layer,
+                index,
+                activation_second_moment=own.sum_A.diagonal(),
+                gradient_second_moment=own.sum_G.diagonal(),
             )
             reached.add(layer.name)
 
         capture(model, batch, sink, index=index, generator=generator)
+        finite.finish()
         for own in sums.values():
             own.examples += batch.size
     check_reached(model, reached)

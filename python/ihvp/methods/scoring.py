@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ihvp import ops
-from ihvp.batch import Batch, all_finite
+from ihvp.batch import Batch, FiniteChecks, all_finite
 from ihvp.cache import Tokens
 from ihvp.methods.base import check_finite
 from ihvp.methods.queries import DenseQueries, Queries, small_layers
@@ -30,6 +30,7 @@ class BatchScores(Generic[K]):
     def __init__(self, model: InfluenceModel, parts: Mapping[K, Queries], batch: Batch, index: int) -> None:
         self.parts, self.index = parts, index
         self._small = small_layers(model)
+        self._finite = FiniteChecks()
         self._waiting: list[Tokens] = []
         self._bytes = 0
         self._totals: dict[K, Tensor] = {}
@@ -50,13 +51,14 @@ class BatchScores(Generic[K]):
     def totals(self) -> dict[K, Tensor]:
         """(Q,N) for each of the queries, when all layers have come."""
         self._score_waiting()
+        self._finite.finish()
         return self._totals
 
     def _add(self, key: K, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
         queries = self.parts[key]
         if layer.name in queries:
             self._totals[key] = self._totals[key] + queries[layer.name].scores(layer, a, delta, mask)
-            check_finite(layer, self.index, score=self._totals[key])
+            check_finite(self._finite, layer, self.index, score=self._totals[key])
 
     def _score_waiting(self) -> None:
         waiting, self._waiting, self._bytes = self._waiting, [], 0

@@ -44,7 +44,7 @@ def launch(
     """
     if 0 in grid:
         return
-    if grid[0] >= 2**31 or max(grid[1:], default=0) >= 2**16:
+    if grid[0] >= 2**31 or any(size >= 2**16 for size in grid[1:]):
         raise ValueError(f"this call is too large for one launch: {grid} programs; pass fewer examples at a time")
     device = arguments[0].device
     options = {"num_warps": warps, "num_stages": stages, "maxnreg": REGISTERS}
@@ -57,21 +57,22 @@ def launch(
             f"{device} has {'.'.join(map(str, capability(device.index)))}"
         )
     values = [constants[name] for name in kernel.arg_names[len(arguments) :]]
-    key = (kernel, device.index, warps, stages, *values, *map(_kind, arguments))
+    key = (id(kernel), device.index, warps, stages, *values, *map(_kind, arguments))
+    compiled = _compiled.get(key)
     with torch.cuda.device(device) if device.index != torch.cuda.current_device() else contextlib.nullcontext():
-        if key in _compiled:
-            _compiled[key][(*grid, 1, 1)[:3]](*arguments, *values)
-        else:
+        if compiled is None:
             _compiled[key] = kernel[grid](*arguments, **constants, **options)
+        else:
+            compiled[(*grid, 1, 1)[:3]](*arguments, *values)
 
 
 def _kind(x: Any) -> Any:
     """What Triton compiles other code for: types, multiples of 16 and the number 1."""
-    if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % 16 == 0
-    if isinstance(x, int):
-        return x == 1, x % 16 == 0, x >= 2**31
-    return None if x is None else (x.base.dtype, *x.block_shape)
+    if type(x) is int:
+        return (x == 1) + 2 * (x % 16 == 0) + 4 * (x >= 2**31)
+    if x is None:
+        return None
+    return (x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else (x.base.dtype, *x.block_shape)
 
 
 @functools.cache
@@ -144,9 +145,13 @@ def warps(rows: int, columns: int) -> int:
     return 8 if rows * columns >= 4096 else 4
 
 
+def next_power_of_2(size: int) -> int:
+    return 1 << (size - 1).bit_length() if size > 0 else 0
+
+
 def block(size: int, limit: int) -> int:
     """The tile's edge for an extent: a power of two from 16, the tensor cores' least, to `limit`."""
-    return int(max(16, min(limit, triton.next_power_of_2(size))))
+    return max(16, min(limit, next_power_of_2(size)))
 
 
 def tile_of_planes(device: torch.device, rows: int, columns: int, terms: int) -> tuple[int, int, int]:

@@ -35,6 +35,10 @@ class Planes:
         """Some of the slices."""
         return Planes(*(None if x is None else x[part] for x in (self.high, self.low, self.scale)))  # type: ignore[arg-type]
 
+    def rows(self, part: slice) -> Planes:
+        """Some of the rows of every slice."""
+        return Planes(self.high[:, part], None if self.low is None else self.low[:, part], self.scale)
+
     def descriptors(self, rows: int, columns: int) -> tuple[Any, Any]:
         """Of both planes; a kernel that reads one gets that one twice."""
         high = TensorDescriptor(self.high, list(self.high.shape), list(self.high.stride()), [1, rows, columns])

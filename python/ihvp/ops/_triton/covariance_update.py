@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ihvp.ops._triton._launch import count
 from ihvp.ops._triton._outer import add_sums
-from ihvp.ops._triton._planes import Planes, flat, planes
+from ihvp.ops._triton._planes import flat, planes
 
 CHUNK = 512  # positions summed by the tensor cores, which truncate, before a float32 sum takes them
 MOST = 32 * 16 * CHUNK  # positions a call: at most 16 chunks a part, before C takes them
@@ -20,7 +20,7 @@ def run(C: Tensor, x: Tensor, mask: Tensor | None, bias: bool) -> None:
     narrow = x.dtype in (torch.bfloat16, torch.float16)
     rows = flat(planes(x, mask, bias, narrow=narrow, common=True))
     for first in range(0, N * T, MOST):
-        part = Planes(*(None if y is None else y[:, first : first + MOST] for y in (rows.high, rows.low)), rows.scale)
+        part = rows.rows(slice(first, first + MOST))
         positions = part.high.shape[1]
         chunk = min(CHUNK, positions)
         add_sums(C, part, part, count(positions, chunk), chunk, square=False, triangle=True)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ihvp.ops._triton._launch import Arithmetic, arithmetic, count, depth, launch, mask_bytes, warps
+from ihvp.ops._triton._launch import Arithmetic, arithmetic, count, depth, launch, mask_bytes, next_power_of_2, warps
 from ihvp.ops._triton._tile import load_tokens, real_rows
 
 EDGE = 64  # rows of positions a tile: two accumulators of it
@@ -159,7 +159,7 @@ def gram(
     (M, T1, I), (N, T2, _), O = a1.shape, a2.shape, delta1.shape[2]
     how: Arithmetic = arithmetic(a1, delta1, a2, delta2)
     edge = 16 if norm and T1 <= 16 else EDGE
-    positions1, positions2 = (min(edge, triton.next_power_of_2(T)) for T in (T1, T2))
+    positions1, positions2 = (min(edge, next_power_of_2(T)) for T in (T1, T2))
     examples1, examples2 = edge // positions1, edge // positions2
     launch(
         ghost_kernel,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ihvp.ops._triton._group import table
-from ihvp.ops._triton._launch import TYPES, arithmetic, block, count, depth, launch, mask_bytes, warps
+from ihvp.ops._triton._launch import TYPES, arithmetic, block, count, depth, launch, mask_bytes, next_power_of_2, warps
 from ihvp.ops._triton._tile import corner, gradient_tile
 
 ENTRIES = 14  # of a layer's row: P, a, delta; O, I; three strides of each
@@ -96,7 +96,7 @@ def run(P: Sequence[Tensor], a: Sequence[Tensor], delta: Sequence[Tensor], mask:
         for x, y, z in zip(P, a, delta, strict=True)
     ]
     rows, columns = (block(max(x.shape[axis] for x in P), 64) for axis in (1, 2))
-    queries = triton.next_power_of_2(max(1, min(Q, QUERIES)))
+    queries = next_power_of_2(max(1, min(Q, QUERIES)))
     launch(
         grouped_kernel,
         (N * count(Q, queries), layers),

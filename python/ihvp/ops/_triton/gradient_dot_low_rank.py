@@ -7,7 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ihvp.ops._triton._launch import arithmetic, block, count, depth, flat_rows, launch, mask_bytes, warps
+from ihvp.ops._triton._launch import (
+    arithmetic,
+    block,
+    count,
+    depth,
+    flat_rows,
+    launch,
+    mask_bytes,
+    next_power_of_2,
+    warps,
+)
 from ihvp.ops._triton._tile import load_tokens, real_rows
 
 
@@ -89,7 +99,7 @@ def run(L: Tensor, R: Tensor, a: Tensor, delta: Tensor, mask: Tensor | None, bia
         return torch.zeros((Q, N, T) if per_token else (Q, N), device=a.device)
     how = arithmetic(L, R, a, delta)
     directions = block(rank, 64)
-    queries = max(1, min(64 // directions, triton.next_power_of_2(Q)))
+    queries = max(1, min(64 // directions, next_power_of_2(Q)))
     rows = block(N * T, 64)
     terms = torch.empty(Q, N, T, device=a.device)
     launch(

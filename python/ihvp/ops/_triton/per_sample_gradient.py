@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ihvp.ops._triton._launch import INTERPRETED, count, launch, tile_of_planes, warps
 from ihvp.ops._triton._outer import outer_tile
-from ihvp.ops._triton._planes import Planes
-from ihvp.ops._triton._projected import alike, planes
+from ihvp.ops._triton._planes import Planes, planes
+from ihvp.ops._triton._projected import alike
 
 
 @triton.jit
