@@ -190,9 +190,13 @@ class Op:
         return name, f"measured {proven[name]:.1f} times as fast as the reference on {kind}"
 
     def _wide(self, args: tuple[Any, ...]) -> bool:
-        """Whether an operand is float64; the accumulator of an in-place op, its first argument, may be."""
+        """Whether an operand is float64; the accumulator of an in-place op, its first argument, may be.
+
+        The tensors of a list are of one type.
+        """
         operands = args[1:] if self.name.endswith("_") else args
-        return any(x.dtype == torch.float64 for x in _tensors(operands))
+        firsts = [x[0] if isinstance(x, (list, tuple)) and x else x for x in operands]
+        return any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in firsts)
 
     def best(self, *args: Any) -> str:
         """The order with the least predicted time; the first of equals.

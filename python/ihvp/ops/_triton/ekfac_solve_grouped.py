@@ -102,19 +102,15 @@ def run(
     device, Q, layers = V[0].device, V[0].shape[0], len(V)
     out = [torch.empty(x.shape, device=device) for x in V]
     scratch = [torch.empty(x.shape, device=device) for x in V]
-    rows = [
-        (
-            *(x.data_ptr() for x in own),
-            *own[0].shape[1:],
-            *(stride for x in own[:4] for stride in x.stride()),
-        )
-        for own in zip(V, U_A, U_G, Lambda, out, scratch, strict=True)
-    ]
+    rows: list[int] = []
+    for v, A, G, own, result, space in zip(V, U_A, U_G, Lambda, out, scratch, strict=True):
+        rows += (v.data_ptr(), A.data_ptr(), G.data_ptr(), own.data_ptr(), result.data_ptr(), space.data_ptr())
+        rows += (*v.shape[1:], *v.stride(), *A.stride(), *G.stride(), *own.stride())
     edge = block(max(max(x.shape[1:]) for x in V), 64)
     launch(
         solve_kernel,
         (Q, layers),
-        table(rows, device),
+        table(rows, ENTRIES, device),
         on_device(damping, device),
         constants={
             **ACCURATE.constants,

@@ -1,4 +1,9 @@
-"""S = sum_l <P_l, g_l>: one program a layer and example makes that gradient's tiles and meets them with the queries."""
+"""S = sum_l <P_l, g_l>, query-first: one launch for all layers.
+
+The wider side of a layer, inputs or outputs, is contracted with all queries at once, (positions, wide) by (wide,
+queries x narrow); the narrow side's tokens meet the result in registers, and the positions of an example are summed.
+With rank-8 adapters a tile is eight queries wide.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +15,22 @@ import triton.language as tl
 from torch import Tensor
 
 from ihvp.ops._triton._group import table
-from ihvp.ops._triton._launch import TYPES, arithmetic, block, count, depth, launch, mask_bytes, next_power_of_2, warps
-from ihvp.ops._triton._tile import corner, gradient_tile
+from ihvp.ops._triton._launch import (
+    TYPES,
+    Arithmetic,
+    arithmetic,
+    count,
+    depth,
+    launch,
+    mask_bytes,
+    next_power_of_2,
+)
+from ihvp.ops._triton._tile import load_tokens, real_rows
 
-ENTRIES = 14  # of a layer's row: P, a, delta; O, I; three strides of each
-QUERIES = 64  # whose scores a program keeps
+ENTRIES = (
+    16  # of a layer's row: P, wide, narrow tokens; sizes; features; strides of P by query, narrow, wide; of tokens
+)
+EDGE = 64  # rows and columns of a tile
 
 
 @triton.jit
@@ -28,80 +44,88 @@ def grouped_kernel(
     query_blocks,
     ENTRIES: tl.constexpr,
     P_TYPE: tl.constexpr,
-    A_TYPE: tl.constexpr,
-    D_TYPE: tl.constexpr,
-    BIAS: tl.constexpr,
+    TOKEN_TYPE: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
+    EXAMPLES: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    n = (tl.program_id(0) // query_blocks).to(tl.int64)
+    # A tile's rows are EXAMPLES examples of BLOCK_T positions, its columns BLOCK_Q queries of BLOCK_S narrow features.
+    first_n = (tl.program_id(0) // query_blocks).to(tl.int64) * EXAMPLES
     first_q = (tl.program_id(0) % query_blocks).to(tl.int64) * BLOCK_Q
     layer = tl.program_id(1).to(tl.int64)
-    row = table_ptr + layer * ENTRIES
-    P_ptr = tl.load(row).to(tl.pointer_type(P_TYPE))
-    a_ptr = tl.load(row + 1).to(tl.pointer_type(A_TYPE))
-    d_ptr = tl.load(row + 2).to(tl.pointer_type(D_TYPE))
-    O, I = tl.load(row + 3), tl.load(row + 4)
-    stride_pq, stride_po, stride_pi = tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
-    features = I
-    if BIAS:
-        features = I - 1
+    entry = table_ptr + layer * ENTRIES
+    P_ptr = tl.load(entry).to(tl.pointer_type(P_TYPE))
+    wide_ptr = tl.load(entry + 1).to(tl.pointer_type(TOKEN_TYPE))
+    narrow_ptr = tl.load(entry + 2).to(tl.pointer_type(TOKEN_TYPE))
+    wide, narrow = tl.load(entry + 3), tl.load(entry + 4)
+    wide_features, narrow_features = tl.load(entry + 5), tl.load(entry + 6)
+    stride_pq, stride_ps, stride_pk = tl.load(entry + 7), tl.load(entry + 8), tl.load(entry + 9)
+    stride_wn, stride_wt, stride_wk = tl.load(entry + 10), tl.load(entry + 11), tl.load(entry + 12)
+    stride_sn, stride_st, stride_ss = tl.load(entry + 13), tl.load(entry + 14), tl.load(entry + 15)
+    row, column = tl.arange(0, EXAMPLES * BLOCK_T), tl.arange(0, BLOCK_Q * BLOCK_S)
+    n = first_n + row // BLOCK_T
+    q = first_q + column // BLOCK_S
+    score = tl.zeros((EXAMPLES, BLOCK_Q), tl.float32)
+    for first_t in range(0, T, BLOCK_T):
+        t = first_t + row % BLOCK_T
+        real = real_rows(mask_ptr, n * T + t, N * T) & (t < T)
+        at_wide, at_narrow = n * stride_wn + t * stride_wt, n * stride_sn + t * stride_st
+        for first_s in range(0, narrow, BLOCK_S):
+            s = first_s + column % BLOCK_S
+            wanted = (q < Q) & (s < narrow)
+            at_P = P_ptr + q * stride_pq + s * stride_ps
+            acc = tl.zeros((EXAMPLES * BLOCK_T, BLOCK_Q * BLOCK_S), tl.float32)
+            for start in range(0, wide, BLOCK_K):
+                k = start + tl.arange(0, BLOCK_K).to(tl.int64)
+                x = load_tokens(wide_ptr, at_wide, real, k, wide_features, stride_wk, True, DTYPE)
+                inside = (k < wide)[:, None] & wanted[None, :]
+                P = tl.load(at_P[None, :] + k[:, None] * stride_pk, mask=inside, other=0.0).to(DTYPE)
+                acc = tl.dot(x, P, acc, input_precision=PRECISION)
+            s = first_s + tl.arange(0, BLOCK_S).to(tl.int64)
+            y = load_tokens(narrow_ptr, at_narrow, real, s, narrow_features, stride_ss, True, tl.float32)
+            met = tl.reshape(acc, (EXAMPLES * BLOCK_T, BLOCK_Q, BLOCK_S)) * y[:, None, :]
+            score += tl.sum(tl.reshape(tl.sum(met, 2), (EXAMPLES, BLOCK_T, BLOCK_Q)), 1)
+    n = first_n + tl.arange(0, EXAMPLES)
     q = first_q + tl.arange(0, BLOCK_Q)
-    scores = tl.zeros((BLOCK_Q,), tl.float32)
-    tiles_i = tl.cdiv(I, BLOCK_I)
-    for tile in range(0, tl.cdiv(O, BLOCK_O) * tiles_i):
-        o, i = corner(tile, tiles_i, BLOCK_O, BLOCK_I)
-        g = gradient_tile(
-            a_ptr,
-            d_ptr,
-            mask_ptr,
-            n,
-            T,
-            o,
-            i,
-            features,
-            O,
-            tl.load(row + 8),
-            tl.load(row + 9),
-            tl.load(row + 10),
-            tl.load(row + 11),
-            tl.load(row + 12),
-            tl.load(row + 13),
-            BIAS,
-            DTYPE,
-            PRECISION,
-            BLOCK_O,
-            BLOCK_I,
-            BLOCK_T,
-        )
-        at = P_ptr + o[:, None] * stride_po + i[None, :] * stride_pi
-        inside = (o < O)[:, None] & (i < I)[None, :]
-        for k in range(0, tl.minimum(BLOCK_Q, Q - first_q)):
-            P = tl.load(at + (first_q + k) * stride_pq, mask=inside, other=0.0).to(tl.float32)
-            score = tl.sum(tl.sum(P * g, 1), 0)
-            scores += tl.where(q == first_q + k, score, 0.0)
-    tl.store(out_ptr + (layer * Q + q) * N + n, scores, mask=q < Q)
+    at = out_ptr + (layer * Q + q)[None, :] * N + n[:, None]
+    tl.store(at, score, mask=(n < N)[:, None] & (q < Q)[None, :])
+
+
+def rows_of(P: Sequence[Tensor], a: Sequence[Tensor], delta: Sequence[Tensor]) -> list[int]:
+    """A row a layer; the features of a side are one less than its size where that is the bias."""
+    rows: list[int] = []
+    for own, x, d in zip(P, a, delta, strict=True):
+        _, O, I = own.shape
+        step_q, step_o, step_i = own.stride()
+        if I >= O:
+            sizes = (own.data_ptr(), x.data_ptr(), d.data_ptr(), I, O, x.shape[2], O, step_q, step_o, step_i)
+            rows += (*sizes, *x.stride(), *d.stride())
+        else:
+            sizes = (own.data_ptr(), d.data_ptr(), x.data_ptr(), O, I, O, x.shape[2], step_q, step_i, step_o)
+            rows += (*sizes, *d.stride(), *x.stride())
+    return rows
 
 
 def run(P: Sequence[Tensor], a: Sequence[Tensor], delta: Sequence[Tensor], mask: Tensor | None, bias: bool) -> Tensor:
     (N, T, _), Q, layers = a[0].shape, P[0].shape[0], len(P)
     out = torch.empty(layers, Q, N, device=a[0].device)
-    how = arithmetic(a[0], delta[0])
-    widths = [
-        (x.data_ptr(), y.data_ptr(), z.data_ptr(), *x.shape[1:], *x.stride(), *y.stride(), *z.stride())
-        for x, y, z in zip(P, a, delta, strict=True)
-    ]
-    rows, columns = (block(max(x.shape[axis] for x in P), 64) for axis in (1, 2))
-    queries = next_power_of_2(max(1, min(Q, QUERIES)))
+    if a[0].dtype != delta[0].dtype:
+        a, delta = [x.float() for x in a], [x.float() for x in delta]
+    how: Arithmetic = arithmetic(P[0], a[0])
+    narrow = max(1, min(EDGE, next_power_of_2(max(min(x.shape[1:]) for x in P))))
+    queries = max(1, min(EDGE // narrow, next_power_of_2(Q)), 16 // narrow)
+    rows = EDGE // 2 if how.precision == "tf32x3" else EDGE  # three products need more registers
+    positions = max(1, min(rows, next_power_of_2(T)))
+    examples = rows // positions
     launch(
         grouped_kernel,
-        (N * count(Q, queries), layers),
+        (count(N, examples) * count(Q, queries), layers),
         out,
-        table(widths, out.device),
+        table(rows_of(P, a, delta), ENTRIES, out.device),
         mask_bytes(mask),
         N,
         T,
@@ -111,14 +135,13 @@ def run(P: Sequence[Tensor], a: Sequence[Tensor], delta: Sequence[Tensor], mask:
             **how.constants,
             "ENTRIES": ENTRIES,
             "P_TYPE": TYPES[P[0].dtype],
-            "A_TYPE": TYPES[a[0].dtype],
-            "D_TYPE": TYPES[delta[0].dtype],
-            "BIAS": bias,
+            "TOKEN_TYPE": TYPES[a[0].dtype],
+            "EXAMPLES": examples,
+            "BLOCK_T": positions,
             "BLOCK_Q": queries,
-            "BLOCK_O": rows,
-            "BLOCK_I": columns,
-            "BLOCK_T": depth(how),
+            "BLOCK_S": narrow,
+            "BLOCK_K": min(32, depth(how)),
         },
-        warps=warps(rows, columns),
+        warps=8,
     )
     return out.sum(0)
