@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bench import gpu, gpu_pipeline, memory, methods, ops, orders, pipeline, pydvl, report, small_layers
+from bench import gpu, gpu_cases, gpu_pipeline, memory, methods, ops, orders, pipeline, pydvl, report, small_layers
 from bench.settings import SETTINGS
 
 DEVICES = ("cpu", "cuda")
@@ -102,7 +102,7 @@ def main() -> None:
         pipeline.run(models, arguments.quick, arguments.output, arguments.precision)
     elif arguments.command == "gpu":
         if arguments.expected:
-            print(gpu.expected())
+            print(gpu_cases.expected())
         else:
             gpu.run(arguments.output, arguments.proven, arguments.passed, arguments.quick)
     elif arguments.command == "methods":

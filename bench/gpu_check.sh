@@ -45,8 +45,10 @@ shown < "$folder/info.log"
 
 # The warnings of other torch versions are not this test's matter.
 pytest=("$python" -m pytest -m gpu -W default -p no:cacheprovider --rootdir .. -c ../pyproject.toml)
+parallel=()
+if "$python" -c "import xdist" 2> /dev/null; then parallel=(-n 8); fi  # compiling kernels is most of it
 passed=
-step tests 160 env -C tests "${pytest[@]}" . && passed=--passed
+step tests 160 env -C tests "${pytest[@]}" "${parallel[@]}" . && passed=--passed
 tail -n 3 "$folder/tests.log" | shown
 
 step ops 70 "$python" -m bench gpu $passed --output "$results" --proven "$folder/proven.json"

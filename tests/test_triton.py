@@ -14,7 +14,7 @@ import torch
 from ihvp import ops
 from ihvp.ops import _gpu
 from ihvp.ops._registry import implementations
-from op_cases import make
+from op_cases import F32, make
 
 CHILD = Path(__file__).with_name("triton_child.py")
 OPS = [op for op, own in implementations().items() if "triton" in own]
@@ -87,43 +87,45 @@ def op() -> Any:
 
 
 def record(monkeypatch: pytest.MonkeyPatch, speedup: float, sources: str) -> None:
-    entry = {"triton": {"speedup": speedup, "sources": sources}}
+    entry = {"triton": {"speedup": {"float32": speedup}, "sources": sources}}
     monkeypatch.setattr(_gpu, "record", lambda: {"sm_90": {"ghost_norm": entry}})
 
 
 def test_nothing_unproven_is_chosen(op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     present = ["reference", "triton"]
-    assert op._choose_on_gpu("sm_90", present, False) == ("reference", "no kernel is proven on sm_90")
+    assert op._choose_on_gpu("sm_90", present, F32) == ("reference", "no kernel is proven on sm_90")
     record(monkeypatch, 3.0, "of another version")
-    assert op._choose_on_gpu("sm_90", present, False)[0] == "reference"
+    assert op._choose_on_gpu("sm_90", present, F32)[0] == "reference"
 
 
 def test_the_fastest_proven_kernel_is_chosen(op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     present = ["reference", "triton"]
     record(monkeypatch, 3.0, _gpu.sources("triton"))
-    assert op._choose_on_gpu("sm_90", present, False) == (
+    assert op._choose_on_gpu("sm_90", present, F32) == (
         "triton",
         "measured 3.0 times as fast as the reference on sm_90",
     )
-    assert op._choose_on_gpu("sm_80", present, False)[0] == "reference"
-    assert op._choose_on_gpu("sm_90", ["reference"], False)[0] == "reference"
-    assert op._choose_on_gpu("sm_90", present, True) == ("reference", "float64 operands have no kernel")
+    assert op._choose_on_gpu("sm_80", present, F32)[0] == "reference"
+    assert op._choose_on_gpu("sm_90", ["reference"], F32)[0] == "reference"
+    assert op._choose_on_gpu("sm_90", present, torch.float64) == ("reference", "float64 operands have no kernel")
+    assert op._choose_on_gpu("sm_90", present, torch.bfloat16) == ("reference", "no kernel is proven on sm_90")
     record(monkeypatch, 0.9, _gpu.sources("triton"))
-    assert op._choose_on_gpu("sm_90", present, False) == ("reference", "no faster kernel is proven on sm_90")
+    assert op._choose_on_gpu("sm_90", present, F32) == ("reference", "no faster kernel is proven on sm_90")
 
 
 def test_an_accumulator_may_be_wider_than_the_kernels() -> None:
     for name, wide in (("covariance_update_", False), ("ekfac_self_influence", True)):
         call = make(name, {}, accumulator=torch.float64, factors=torch.float64 if wide else None)
         own = getattr(ops, name).__globals__["_op"]
-        assert own._wide(tuple(call.arguments.values())) == wide
+        assert (own._widest(tuple(call.arguments.values())) == torch.float64) == wide
 
 
 def test_the_record_names_known_ops_and_implementations() -> None:
     for found in _gpu.record().values():
         for name, entries in found.items():
             assert set(entries) <= set(implementations()[name]) - {"reference", "native"}
-            assert all(set(entry) == {"speedup", "sources"} for entry in entries.values())
+            for entry in entries.values():
+                assert set(entry) == {"speedup", "sources"} and set(entry["speedup"]) <= {"float32", "bfloat16"}
 
 
 # --- memory ------------------------------------------------------------------------------------------------------

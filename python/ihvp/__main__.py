@@ -62,8 +62,13 @@ def _state(op: str, implementation: str) -> str:
     """Of a kernel for GPUs, the device classes where it passed its tests, and its speed over the reference there."""
     if implementation not in GPU:
         return "yes"
-    speeds = {kind: _gpu.speedups(op, kind).get(implementation) for kind in sorted(_gpu.record())}
-    return ", ".join(f"{kind} {speed:.1f}x" for kind, speed in speeds.items() if speed is not None) or "unproven"
+    found = []
+    for kind in sorted(_gpu.record()):
+        for dtype in (torch.float32, torch.bfloat16):
+            speed = _gpu.speedups(op, kind, dtype).get(implementation)
+            if speed is not None:
+                found.append(f"{kind} {str(dtype).removeprefix('torch.')} {speed:.1f}x")
+    return ", ".join(found) or "unproven"
 
 
 def _cuda_kernels() -> str:

@@ -1,7 +1,8 @@
 """The ops' implementations for GPUs: imported when first called, and chosen by what has been shown of them.
 
 `proven.json` records, by device class and op, which kernels passed all their tests on such a device, and their measured
-speed over the reference:  {"sm_90": {"ghost_norm": {"triton": {"speedup": 3.1, "sources": "0f3a..."}}}}.
+speed over the reference by the type of the operands:
+{"sm_90": {"ghost_norm": {"triton": {"speedup": {"float32": 3.1}, "sources": "0f3a..."}}}}.
 A record holds only for the very sources that were tested: a changed kernel has to pass again.
 """
 
@@ -76,12 +77,16 @@ def record() -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
     return found
 
 
-def speedups(op: str, kind: str) -> dict[str, float]:
-    """Measured speed over the reference, of the implementations of an op proven on this device class."""
+def speedups(op: str, kind: str, widest: torch.dtype) -> dict[str, float]:
+    """Measured speed over the reference, of the implementations of an op proven on this device class.
+
+    That of float32 operands, or of 16-bit ones, which are measured in bfloat16.
+    """
+    measured = "float32" if widest == torch.float32 else "bfloat16"
     return {
-        name: float(entry["speedup"])
+        name: float(entry["speedup"][measured])
         for name, entry in record().get(kind, {}).get(op, {}).items()
-        if installed(name) and entry["sources"] == sources(name)
+        if installed(name) and entry["sources"] == sources(name) and measured in entry["speedup"]
     }
 
 

@@ -170,33 +170,34 @@ class Op:
                     + ", ".join(f'"{name}"' for name in present)
                     + gone
                 )
-            if name in GPU and self._wide(args):
+            if name in GPU and self._widest(args) == torch.float64:
                 raise RuntimeError(
                     f'{self.name} has no "{name}" implementation for float64 operands, which "reference" takes'
                 )
             return name, "forced by ihvp.use"
         if device.type == "cuda":
-            return self._choose_on_gpu(_gpu.device_class(device), present, self._wide(args))
+            return self._choose_on_gpu(_gpu.device_class(device), present, self._widest(args))
         return self._default, f"of {', '.join(present)} on {device.type}"
 
-    def _choose_on_gpu(self, kind: str, present: Sequence[str], wide: bool) -> tuple[str, str]:
-        """The fastest of what is proven on this device class; the reference where nothing is, and for float64."""
-        if wide:
+    def _choose_on_gpu(self, kind: str, present: Sequence[str], widest: torch.dtype) -> tuple[str, str]:
+        """The fastest of what is proven on this device class for such operands; the reference where nothing is."""
+        if widest == torch.float64:
             return "reference", "float64 operands have no kernel"
-        proven = {name: speed for name, speed in _gpu.speedups(self.name, kind).items() if name in present}
+        proven = {name: speed for name, speed in _gpu.speedups(self.name, kind, widest).items() if name in present}
         name = max(proven, key=proven.__getitem__, default="reference")
         if proven.get(name, 0) <= 1:
             return "reference", f"no faster kernel is proven on {kind}" if proven else f"no kernel is proven on {kind}"
         return name, f"measured {proven[name]:.1f} times as fast as the reference on {kind}"
 
-    def _wide(self, args: tuple[Any, ...]) -> bool:
-        """Whether an operand is float64; the accumulator of an in-place op, its first argument, may be.
+    def _widest(self, args: tuple[Any, ...]) -> torch.dtype:
+        """The operands' widest type; the accumulator of an in-place op, its first argument, may be wider.
 
         The tensors of a list are of one type.
         """
         operands = args[1:] if self.name.endswith("_") else args
         firsts = [x[0] if isinstance(x, (list, tuple)) and x else x for x in operands]
-        return any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in firsts)
+        found = [x.dtype for x in firsts if isinstance(x, Tensor) and x.dtype.is_floating_point]
+        return max(found, key=lambda dtype: dtype.itemsize)
 
     def best(self, *args: Any) -> str:
         """The order with the least predicted time; the first of equals.

@@ -73,11 +73,14 @@ def _fits(
     P: Sequence[Tensor], a: Sequence[Tensor], delta: Sequence[Tensor], positions: tuple[int, int], bias: bool
 ) -> bool:
     """A quick look at all shapes at once: hundreds of layers come with every batch."""
-    Q = P[0].shape[0]
-    return all(
-        x.shape[:-1] == positions and d.shape[:-1] == positions and p.shape == (Q, d.shape[-1], features(x, bias))
-        for p, x, d in zip(P, a, delta, strict=True)
-    )
+    (N, T), Q = positions, P[0].shape[0]
+    for p, x, d in zip(P, a, delta, strict=True):
+        if p.dim() != 3:
+            return False
+        queries, O, I = p.shape
+        if queries != Q or x.shape != (N, T, I - bias) or d.shape != (N, T, O):
+            return False
+    return True
 
 
 def check_group(**lists: Sequence[Tensor]) -> None:

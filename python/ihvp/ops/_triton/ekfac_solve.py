@@ -13,11 +13,9 @@ from ihvp.ops._triton._product import left_times, rows_times
 
 
 def on_device(damping: Sequence[float], device: torch.device) -> Tensor:
-    """Filled one by one: a copy from the host would wait for the stream."""
-    shifts = torch.empty(len(damping), device=device)
-    for shift, value in zip(shifts, damping, strict=True):
-        shift.fill_(value)
-    return shifts
+    """In float32, copied from pinned memory: the stream is not waited for."""
+    host = torch.tensor(damping, dtype=torch.float32)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 def run(V: Tensor, U_A: Tensor, U_G: Tensor, Lambda: Tensor, damping: Sequence[float]) -> Tensor:

@@ -82,9 +82,9 @@ def grouped_kernel(
             for start in range(0, wide, BLOCK_K):
                 k = start + tl.arange(0, BLOCK_K).to(tl.int64)
                 x = load_tokens(wide_ptr, at_wide, real, k, wide_features, stride_wk, True, DTYPE)
-                inside = (k < wide)[:, None] & wanted[None, :]
-                P = tl.load(at_P[None, :] + k[:, None] * stride_pk, mask=inside, other=0.0).to(DTYPE)
-                acc = tl.dot(x, P, acc, input_precision=PRECISION)
+                inside = wanted[:, None] & (k < wide)[None, :]
+                P = tl.load(at_P[:, None] + k[None, :] * stride_pk, mask=inside, other=0.0).to(DTYPE)
+                acc = tl.dot(x, tl.trans(P), acc, input_precision=PRECISION)
             s = first_s + tl.arange(0, BLOCK_S).to(tl.int64)
             y = load_tokens(narrow_ptr, at_narrow, real, s, narrow_features, stride_ss, True, tl.float32)
             met = tl.reshape(acc, (EXAMPLES * BLOCK_T, BLOCK_Q, BLOCK_S)) * y[:, None, :]
