@@ -176,9 +176,9 @@ def add_sums(out: Tensor, d: Planes, x: Planes, items: int, T: int, *, square: b
             "BLOCK_T": step,
         },
         warps=warps(rows, columns),
-        stages=3 if low else 4,
+        stages=3 if low else 5,
     )
-    edge = 64
+    edge = 32
     side = count(O, edge)
     launch(
         add_kernel,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ihvp.ops._gpu import workspace
 from ihvp.ops._triton._planes import Planes, padded, planes
@@ -39,7 +40,7 @@ def projected(
     """
     (N, T, _), I, O = a.shape, padded(U_A.shape[1]), padded(U_G.shape[1])
     medium = torch.get_float32_matmul_precision() == "medium" and alike(a, delta, U_A, U_G)
-    bases = [planes(U.unsqueeze(0), narrow=medium) for U in (U_A, U_G)]
+    bases = [pad(U, (0, padded(U.shape[1]) - U.shape[1])) if medium else planes(U.unsqueeze(0)) for U in (U_A, U_G)]
     bytes_each = 8 * T * (O + I)  # planes before and after, or bfloat16 before and float32 after
     chunk, _ = workspace(op, N, bytes_each, lambda n: a.new_empty(n * bytes_each, dtype=torch.uint8))
     for n in range(0, N, chunk):
@@ -47,17 +48,18 @@ def projected(
         own = None if mask is None else mask[part]
         yield (
             part,
-            in_basis(a[part], bases[0], own, bias, medium),
-            in_basis(delta[part], bases[1], own, False, medium),
+            in_basis(a[part], bases[0], own, bias, narrow=medium),
+            in_basis(delta[part], bases[1], own, False, narrow=medium),
         )
 
 
-def in_basis(x: Tensor, U: Planes, mask: Tensor | None, bias: bool, narrow: bool) -> Planes:
+def in_basis(x: Tensor, U: Planes | Tensor, mask: Tensor | None, bias: bool, *, narrow: bool) -> Planes:
     own = planes(x, mask, bias, narrow=narrow)
-    if narrow and x.shape[1] > 1:  # a plain product of one type, and so the library's
-        return Planes(own.high[..., : U.high.shape[1]] @ U.high[0])
+    if x.shape[1] > 1 and isinstance(U, Tensor):  # a plain product of one type, and so the library's
+        return Planes(own.high[..., : len(U)] @ U)
+    basis = U if isinstance(U, Planes) else planes(U.unsqueeze(0), narrow=True)
     if x.shape[1] > 1:
-        return rows_times(own, U)
-    out = torch.empty(*x.shape[:2], U.high.shape[2], device=x.device)
-    rows_times(own, U, out)
+        return rows_times(own, basis)
+    out = torch.empty(*x.shape[:2], basis.high.shape[2], device=x.device)
+    rows_times(own, basis, out)
     return planes(out, common=True, square=True)

@@ -29,6 +29,7 @@ def dots_kernel(
     Q,
     N,
     p,
+    splits,
     per_split,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -36,7 +37,7 @@ def dots_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # out[split,q,n] = sum of the split's k of P[q,k] g[n,k].
+    # out[q,n,split] = sum of the split's k of P[q,k] g[n,k].
     split = tl.program_id(0).to(tl.int64)
     q = tl.arange(0, BLOCK_Q)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -52,7 +53,8 @@ def dots_kernel(
         if WIDEN:
             P, g = P.to(tl.float32), g.to(tl.float32)
         acc = tl.dot(P, tl.trans(g), acc, input_precision=PRECISION)
-    tl.store(out_ptr + (split * Q + q[:, None]) * N + n[None, :], acc, mask=(q < Q)[:, None] & (n < N)[None, :])
+    at = out_ptr + (q[:, None] * N + n[None, :]) * splits + split
+    tl.store(at, acc, mask=(q < Q)[:, None] & (n < N)[None, :])
 
 
 def dots(P: Tensor, g: Tensor) -> Tensor:
@@ -63,17 +65,19 @@ def dots(P: Tensor, g: Tensor) -> Tensor:
     precision = wide_arithmetic().precision if P.dtype == torch.float32 else "ieee"
     rows, columns, step = block(Q, FEW), block(N, FEW), 32 if precision == "tf32x3" else 128
     across = count(N, columns)
-    per_split = count(count(p, step), max(1, 4 * processors(P.device) // across)) * step
-    out = torch.empty(count(p, per_split), Q, N, device=P.device)
+    per_split = count(count(p, step), max(1, 2 * processors(P.device) // across)) * step
+    splits = count(p, per_split)
+    out = torch.empty(Q, N, splits, device=P.device)
     launch(
         dots_kernel,
-        (len(out), across),
+        (splits, across),
         out,
         P,
         g,
         Q,
         N,
         p,
+        splits,
         per_split,
         constants={
             "WIDEN": INTERPRETED,
@@ -83,8 +87,9 @@ def dots(P: Tensor, g: Tensor) -> Tensor:
             "BLOCK_K": step,
         },
         warps=4,
+        stages=4,
     )
-    return out.sum(0)
+    return out.sum(2)
 
 
 def query_first_pays(Q: int, T: int) -> bool:
@@ -102,7 +107,11 @@ def gradient_first(P: Tensor, a: Planes, delta: Planes, dtype: torch.dtype) -> T
     )
     for n in range(0, N, chunk):
         part = slice(n, min(n + chunk, N))
-        own = gradients(g[: part.stop - n], a[part], delta[part])
+        x, d, own = a[part], delta[part], g[: part.stop - n]
+        if x.scale is None and dtype == x.high.dtype:  # a plain product of one type, and so the library's
+            torch.bmm(d.high[..., :O].mT, x.high[..., :I], out=own)
+        else:
+            gradients(own, x, d)
         out[:, part] = dots(queries, own.flatten(1))
     return out
 
