@@ -75,13 +75,22 @@ def compared(
         present = implementation in implementations()[op] and (
             implementation not in GPU or _gpu.installed(implementation)
         )
-        if present:
+        if present and takes(implementation, run, arguments):
             runs[implementation] = forced(implementation, run, arguments)
     for own, call in runs.items():
         if target is not None:
             target.zero_()
         check(f"{name}: {own}", relative_error(joined(call()), want), 5e-2 if own == "torch" else limit)
     return runs
+
+
+def takes(implementation: str, op: Callable[..., Any], arguments: dict[str, Any]) -> bool:
+    try:
+        with ihvp.use(implementation):
+            ihvp.explain(op, **arguments)
+    except RuntimeError:
+        return False
+    return True
 
 
 def forced(name: str, op: Callable[..., Any], arguments: dict[str, Any]) -> Callable[[], Any]:

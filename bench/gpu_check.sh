@@ -48,21 +48,21 @@ pytest=("$python" -m pytest -m gpu -W default -p no:cacheprovider --rootdir .. -
 parallel=()
 if "$python" -c "import xdist" 2> /dev/null; then parallel=(-n 8); fi  # compiling kernels is most of it
 passed=
-step tests 160 env -C tests "${pytest[@]}" "${parallel[@]}" . && passed=--passed
+step tests 130 env -C tests "${pytest[@]}" "${parallel[@]}" . && passed=--passed
 tail -n 3 "$folder/tests.log" | shown
 
 step ops 70 "$python" -m bench gpu $passed --output "$results" --proven "$folder/proven.json"
 shown < "$folder/ops.log"
 step small-layers 25 "$python" -m bench small-layers --device cuda --output "$results"
 shown < "$folder/small-layers.log"
-step pipeline 65 "$python" -m bench pipeline --device cuda --output "$results"
+step pipeline 95 "$python" -m bench pipeline --device cuda --output "$results"
 shown < "$folder/pipeline.log"
 
 # Small sizes, the CUDA kernels alone; torch's caching allocator would hide what lies between its blocks.
 if command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck; do
         step "$tool" 20 env -C tests PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            "${pytest[@]}" test_gpu.py -k "cuda and (tiles or float32) and not vector" || rm -f "$folder/proven.json"
+            "${pytest[@]}" test_gpu.py -k "cuda and (narrow or float32)" || rm -f "$folder/proven.json"
     done
 else
     echo "compute-sanitizer: not on this machine" | shown

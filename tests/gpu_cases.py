@@ -35,6 +35,8 @@ GROUPS: dict[str, dict[str, Any]] = {
 LARGE: dict[str, tuple[dict[str, int | None], dict[str, Any]]] = {
     "vector loads": ({"N": 9, "T": 128, "I": 256, "O": 384, "Q": 20, "R": 32}, {}),
     "vector loads, bfloat16": ({"N": 9, "T": 128, "I": 256, "O": 384, "Q": 3}, {"dtype": BF16}),
+    "narrow, in place": ({"N": 9, "T": 128, "I": 200, "O": 136, "Q": 3}, {"dtype": F16, "accumulator": F64}),
+    "narrow, copied": ({"N": 3, "T": 70, "I": 131, "O": 67, "Q": 3}, {"dtype": BF16, "bias": True, "masked": True}),
     "no vector load": ({"N": 9, "T": 131, "I": 259, "O": 385, "Q": 20, "R": 70}, {"bias": True, "masked": True}),
     "many positions": ({"N": 2, "T": 9001, "S": 65, "I": 130, "O": 70}, {"bias": True, "masked": True}),
     "many examples": ({"N": 9001, "T": None, "I": 130, "O": 70}, {"bias": True, "masked": True}),

@@ -25,17 +25,17 @@ Operands operands(const Argument& x) {
     }
 }
 
-// Rows for asynchronous copies: contiguous, of whole 16 bytes, beginning at such an address.
-void check_rows(const Argument& x) {
-    x.contiguous();
-    if (operands(x) == Operands::f16) x.fail("must be float32 or bfloat16");
-    int64_t width = x.view.shape[x.view.dims - 1] * (x.view.dtype == DType::f32 ? 4 : 2);
-    if (width % 16 != 0 || reinterpret_cast<std::uintptr_t>(x.view.data) % 16 != 0)
-        x.fail("must have rows of whole 16 bytes, beginning at a multiple of 16 bytes");
-}
-
-void check_terms(int terms) {
-    if (terms != 1 && terms != 3) throw py::value_error("terms must be 1 or 3, got " + std::to_string(terms));
+// (slices,rows,features) of 16-bit numbers, rows evenly apart, for a tensor map.
+cuda::Rows rows(const Argument& x) {
+    const View& v = x.view;
+    if (v.dims != 3) x.fail("must be (N,T,features)");
+    if (operands(x) == Operands::f32) x.fail("must be bfloat16 or float16");
+    bool near = v.shape[2] == 1 || v.stride[2] == 1;
+    int64_t step = v.shape[1] > 1 ? v.stride[1] : v.shape[0] > 1 ? v.stride[0] : (v.shape[2] + 7) / 8 * 8;
+    bool even = v.shape[0] <= 1 || v.shape[1] <= 1 || v.stride[0] == v.shape[1] * step;
+    if (!near || !even || step < v.shape[2] || step % 8 != 0 || reinterpret_cast<std::uintptr_t>(v.data) % 16 != 0)
+        x.fail("must have rows evenly apart, beginning at multiples of 16 bytes");
+    return {v.data, v.shape[0], v.shape[1], v.shape[2], v.shape[1] * step, step};
 }
 
 void check_float(const Argument& x, DType type, const char* name) {
@@ -49,73 +49,62 @@ void check_count(const char* name, int64_t count) {
         throw py::value_error(std::string(name) + " must be from 1 to 65535, got " + std::to_string(count));
 }
 
-void ekfac_diagonal_update(py::handle out_, py::handle delta_, py::handle a_, bool squared, int terms,
+// out (O,I') contiguous; parts (parts,O,I') float32 is scratch.
+struct Target {
+    Argument out, parts;
+    bool wide;
+
+    Target(py::handle out_, py::handle parts_)
+        : out("out", out_, false, dlpack::cuda), parts("parts", parts_, false, dlpack::cuda) {
+        wide = out.view.dtype == DType::f64;
+        if (!wide && out.view.dtype != DType::f32) out.fail("must be float32 or float64");
+        if (out.view.dims != 2) out.fail("must be (O,I')");
+        out.contiguous();
+        check_float(parts, DType::f32, "float32");
+        parts.shape({parts.view.dims == 3 ? parts.view.shape[0] : -1, out.view.shape[0], out.view.shape[1]});
+        check_count("parts", parts.view.shape[0]);
+    }
+    int64_t count() const { return parts.view.shape[0]; }
+};
+
+void ekfac_diagonal_update(py::handle out_, py::handle parts_, py::handle delta_, py::handle a_,
                            std::uintptr_t stream) {
-    Argument out("out", out_, false, dlpack::cuda), delta("delta", delta_, false, dlpack::cuda),
-        a("a", a_, false, dlpack::cuda);
-    check_terms(terms);
-    check_float(out, DType::f32, "float32");
-    if (out.view.dims != 3) out.fail("must be (parts,O,I')");
-    if (a.view.dims != 3) a.fail("must be (N,T,width)");
-    check_rows(a);
-    check_rows(delta);
-    delta.shape({a.view.shape[0], a.view.shape[1], delta.view.dims == 3 ? delta.view.shape[2] : -1});
+    Target target(out_, parts_);
+    Argument delta("delta", delta_, false, dlpack::cuda), a("a", a_, false, dlpack::cuda);
+    cuda::Rows d = rows(delta), x = rows(a);
+    int64_t O = target.out.view.shape[0], I = target.out.view.shape[1];
+    delta.shape({x.slices, x.rows, delta.view.shape[2]});
     if (a.view.dtype != delta.view.dtype) delta.fail("must have the dtype of a");
-    int64_t N = a.view.shape[0], T = a.view.shape[1], parts = out.view.shape[0];
-    if (out.view.shape[1] > delta.view.shape[2]) out.fail("has more rows than delta has features");
-    if (out.view.shape[2] > a.view.shape[2]) out.fail("has more columns than a has features");
-    if (squared && (T != 1 || a.view.dtype != DType::f32)) a.fail("must be float32 with T = 1 to be squared");
-    check_count("parts", parts);
-    out.writable({&a, &delta});
-    if (out.empty()) return;
-    raise(cuda::launch_ekfac_diagonal_update(static_cast<float*>(out.view.data), delta.view.data, a.view.data,
-                                             operands(a), N, T, out.view.shape[1], delta.view.shape[2],
-                                             out.view.shape[2], a.view.shape[2], parts, terms, squared,
-                                             handle(stream)));
+    if (O > d.features) target.out.fail("has more rows than delta has features");
+    if (I > x.features) target.out.fail("has more columns than a has features");
+    target.out.writable({&a, &delta});
+    target.parts.writable({&a, &delta, &target.out});
+    if (target.out.empty() || a.empty()) return;
+    raise(cuda::launch_sums(target.out.view.data, target.wide, static_cast<float*>(target.parts.view.data),
+                            target.count(), d, x, operands(a), x.slices, x.rows, O, I, true, false, handle(stream)));
 }
 
-void covariance_update(py::handle out_, py::handle x_, int64_t chunk, int terms, std::uintptr_t stream) {
-    Argument out("out", out_, false, dlpack::cuda), x("x", x_, false, dlpack::cuda);
-    check_terms(terms);
-    check_float(out, DType::f64, "float64");
-    if (out.view.dims != 3) out.fail("must be (parts,I',I')");
-    int64_t d = out.view.shape[1];
-    out.shape({out.view.shape[0], d, d});
-    if (x.view.dims != 2) x.fail("must be (positions,width)");
-    check_rows(x);
-    if (d > x.view.shape[1]) out.fail("has more columns than x has features");
-    if (chunk < 1) throw py::value_error("chunk must be at least 1, got " + std::to_string(chunk));
-    check_count("parts", out.view.shape[0]);
-    out.writable({&x});
-    if (out.empty() || x.empty()) return;
-    raise(cuda::launch_covariance_update(static_cast<double*>(out.view.data), x.view.data, operands(x),
-                                         x.view.shape[0], d, x.view.shape[1], out.view.shape[0], chunk, terms,
-                                         handle(stream)));
+void covariance_update(py::handle out_, py::handle parts_, py::handle x_, int64_t chunk, std::uintptr_t stream) {
+    Target target(out_, parts_);
+    Argument x("x", x_, false, dlpack::cuda);
+    cuda::Rows own = rows(x);
+    int64_t d = target.out.view.shape[0];
+    target.out.shape({d, d});
+    if (d > own.features) target.out.fail("has more columns than x has features");
+    if (chunk < 64 || chunk % 64 != 0) throw py::value_error("chunk must be a multiple of 64, got " + std::to_string(chunk));
+    target.out.writable({&x});
+    target.parts.writable({&x, &target.out});
+    if (target.out.empty() || x.empty()) return;
+    int64_t positions = own.slices * own.rows;
+    own = {own.data, 1, positions, own.features, positions * own.stride_row, own.stride_row};
+    raise(cuda::launch_sums(target.out.view.data, target.wide, static_cast<float*>(target.parts.view.data),
+                            target.count(), own, own, operands(x), (positions + chunk - 1) / chunk, chunk, d, d, false,
+                            true, handle(stream)));
 }
 
 void check_table(const Argument& table, int64_t layers, int64_t entries) {
     if (table.view.dtype != DType::i64) table.fail("must be int64");
     table.shape({layers, entries}).contiguous();
-}
-
-// `like` is a token tensor of the group: the table's pointers are to its type.
-void gradient_dot_grouped(py::handle out_, py::handle table_, py::handle mask_, py::handle like_, int64_t T, bool bias,
-                          int terms, std::uintptr_t stream) {
-    Argument out("out", out_, false, dlpack::cuda), table("table", table_, false, dlpack::cuda),
-        mask("mask", mask_, true, dlpack::cuda), like("like", like_, false, dlpack::cuda);
-    check_terms(terms);
-    check_float(out, DType::f32, "float32");
-    if (out.view.dims != 3) out.fail("must be (layers,Q,N)");
-    check_table(table, out.view.shape[0], 14);
-    if (mask.view.data) mask.token_mask(out.view.shape[2], T).contiguous();
-    out.writable({&table, &mask});
-    if (out.empty()) return;
-    check_count("layers", out.view.shape[0]);
-    check_count("Q", out.view.shape[1]);
-    raise(cuda::launch_gradient_dot_grouped(
-        static_cast<float*>(out.view.data), static_cast<const int64_t*>(table.view.data),
-        static_cast<const unsigned char*>(mask.view.data), operands(like), out.view.shape[0], out.view.shape[1],
-        out.view.shape[2], T, bias, terms, handle(stream)));
 }
 
 void ekfac_solve_grouped(py::handle table_, py::handle damping_, int64_t Q, std::uintptr_t stream) {
@@ -133,7 +122,7 @@ void ekfac_solve_grouped(py::handle table_, py::handle damping_, int64_t Q, std:
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
-    m.doc() = "CUDA kernels of ihvp, for compute capability 8.0 and newer. Results are written into `out`.";
+    m.doc() = "CUDA kernels of ihvp, for compute capability 8.0 and newer. Results are added to `out`, or written where a table says.";
     using py::arg;
     m.def(
         "device_count",
@@ -152,11 +141,9 @@ PYBIND11_MODULE(_cuda, m) {
         "What CUDA says when it sees no device; empty when it sees one.");
     m.def("architectures", [] { return std::string(IHVP_CUDA_ARCHITECTURES); }, "What the kernels were compiled for.");
     m.def("sources", [] { return std::string(IHVP_CUDA_SOURCES); }, "A digest of the sources of the kernels.");
-    m.def("ekfac_diagonal_update", &ekfac_diagonal_update, arg("out"), arg("delta"), arg("a"), arg("squared"),
-          arg("terms"), arg("stream"));
-    m.def("covariance_update", &covariance_update, arg("out"), arg("x"), arg("chunk"), arg("terms"), arg("stream"));
-    m.def("gradient_dot_grouped", &gradient_dot_grouped, arg("out"), arg("table"), arg("mask"), arg("like"), arg("T"),
-          arg("bias"), arg("terms"), arg("stream"));
+    m.def("ekfac_diagonal_update", &ekfac_diagonal_update, arg("out"), arg("parts"), arg("delta"), arg("a"),
+          arg("stream"));
+    m.def("covariance_update", &covariance_update, arg("out"), arg("parts"), arg("x"), arg("chunk"), arg("stream"));
     m.def("ekfac_solve_grouped", &ekfac_solve_grouped, arg("table"), arg("damping"), arg("Q"), arg("stream"));
 }
 

@@ -28,9 +28,9 @@ __device__ void product(Accumulators& acc, Shared& shared, const float* U, int64
         }
         __syncthreads();
         if (left)
-            multiply<3, false>(acc, shared.basis, shared.x + k, step);
+            multiply(acc, shared.basis, shared.x + k, step);
         else
-            multiply<3, false>(acc, shared.x + k, shared.basis, step);
+            multiply(acc, shared.x + k, shared.basis, step);
     }
     __syncthreads();  // all have read x: it may be overwritten
 }

@@ -12,32 +12,18 @@ enum class Operands : int32_t { f32, bf16, f16 };
 
 int device_count(const char** why_none);
 
-// out[part] = sum over the part's examples of (sum_t d[n,t,o] x[n,t,i])^2; `squared`: T = 1, of d^2 x^2.
-const char* launch_ekfac_diagonal_update(float* out, const void* d, const void* x, Operands type, int64_t N, int64_t T,
-                                         int64_t O, int64_t width_d, int64_t I, int64_t width_x, int64_t parts,
-                                         int terms, bool squared, void* stream);
-
-// out[part], the tiles on and above the diagonal: += sum over the part's rows of x x^T, in float32 over `chunk` rows.
-const char* launch_covariance_update(double* out, const void* x, Operands type, int64_t rows, int64_t d, int64_t width,
-                                     int64_t parts, int64_t chunk, int terms, void* stream);
-
-// A plane of 16-bit numbers as a tensor map reaches it: strides are multiples of 8 elements.
-struct Plane {
+// Rows of 16-bit numbers as a tensor map reaches them: strides count elements and are multiples of 8.
+struct Rows {
     const void* data;
     int64_t slices, rows, features, stride_slice, stride_row;
 };
 
-// out += sum over items of sum_t d x^T, or of its square; of a triangle x is d. `parts` (part_count,O,I) is scratch; with
-// two planes a number is their sum, times a scale for each item where squared, else for all.
-const char* launch_sums_hopper(void* out, bool wide, float* parts, int64_t part_count, const Plane* d, const Plane* x,
-                               int planes, Operands type, const float* scale_d, const float* scale_x, int64_t items,
-                               int64_t T, int64_t O, int64_t I, bool square, bool triangle, void* stream);
-
-// out[layer,q,n] = <P_layer[q], g_layer[n]>. A layer's row of the table: P, contiguous float32, a, delta; O, I';
-// three strides of each.
-const char* launch_gradient_dot_grouped(float* out, const int64_t* table, const unsigned char* mask, Operands type,
-                                        int64_t layers, int64_t Q, int64_t N, int64_t T, bool bias, int terms,
-                                        void* stream);
+// out += sum over items of (sum_t d[n,t,o] x[n,t,i])^2, squared, items being slices of T rows; or of a triangle, where x
+// is d and items are chunks of T rows of one slice, += sum_t x x^T. `parts` (part_count,O,I) is scratch. For compute
+// capability 9.0 alone.
+const char* launch_sums(void* out, bool wide, float* parts, int64_t part_count, const Rows& d, const Rows& x,
+                        Operands type, int64_t items, int64_t T, int64_t O, int64_t I, bool square, bool triangle,
+                        void* stream);
 
 // A layer's row of the table: V, U_A, U_G, Lambda, out; O, I'; strides of V (3), U_A, U_G, Lambda (2 each).
 // Widths up to 128, all float32.

@@ -1,5 +1,5 @@
 // A block's 128x128 tile of sum_k A[k,m] B[k,n] on tensor cores: 8 warps, each 64x32, both operands in shared memory
-// with k along the rows. float operands are TF32 products: one, or three that together keep float32's accuracy.
+// with k along the rows. A product is three of TF32, which together keep float32's accuracy.
 #pragma once
 #ifdef IHVP_ON_HOST
 #include "on_host.h"
@@ -14,12 +14,6 @@ constexpr int tile = 128;
 constexpr int pitch = tile + 8;  // eight more: the four rows that a warp reads at once fall into different banks
 
 using Accumulators = float[4][4][4];  // [16 rows][8 columns][element of the thread]
-
-template <class T>
-constexpr int slab_rows = 64 / sizeof(T);  // of k a step: 128 columns of it are 8 KiB
-
-template <class T>
-using Slab = T[slab_rows<T>][pitch];
 
 struct Lane {
     int group, member, row, column;  // the thread's place in a fragment, and the corner of its warp's part of the tile
@@ -45,17 +39,14 @@ __device__ inline void clear(Accumulators& acc) {
             for (int c = 0; c < 4; ++c) acc[i][j][c] = 0;
 }
 
-// A fragment's number as TF32, and for three products what TF32 left of it.
-template <int terms, bool square>
+// A fragment's number as TF32, and what that left of it.
 __device__ inline void split(float x, uint32_t& high, uint32_t& low) {
-    if (square) x *= x;
     high = tf32(x);
-    if (terms == 3) low = tf32(x - __uint_as_float(high));
+    low = tf32(x - __uint_as_float(high));
 }
 
 // acc += sum over `rows` of k of A[k,m] B[k,n]; rows is a multiple of 8.
-template <int terms, bool square>
-__device__ void multiply(Accumulators& acc, const float (*A)[pitch], const float (*B)[pitch], int rows) {
+__device__ inline void multiply(Accumulators& acc, const float (*A)[pitch], const float (*B)[pitch], int rows) {
     Lane lane;
     for (int k = 0; k < rows; k += 8) {
         uint32_t b[4][2], b_low[4][2];
@@ -63,43 +54,19 @@ __device__ void multiply(Accumulators& acc, const float (*A)[pitch], const float
         for (int j = 0; j < 4; ++j)
 #pragma unroll
             for (int h = 0; h < 2; ++h)
-                split<terms, square>(B[k + lane.member + 4 * h][lane.column + j * 8 + lane.group], b[j][h],
-                                     b_low[j][h]);
+                split(B[k + lane.member + 4 * h][lane.column + j * 8 + lane.group], b[j][h], b_low[j][h]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             uint32_t a[4], a_low[4];
 #pragma unroll
             for (int h = 0; h < 4; ++h)
-                split<terms, square>(A[k + lane.member + h / 2 * 4][lane.row + i * 16 + lane.group + h % 2 * 8], a[h],
-                                     a_low[h]);
+                split(A[k + lane.member + h / 2 * 4][lane.row + i * 16 + lane.group + h % 2 * 8], a[h], a_low[h]);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                if (terms == 3) {  // the small ones first
-                    mma_tf32(acc[i][j], a_low, b[j]);
-                    mma_tf32(acc[i][j], a, b_low[j]);
-                }
+                mma_tf32(acc[i][j], a_low, b[j]);  // the small ones first
+                mma_tf32(acc[i][j], a, b_low[j]);
                 mma_tf32(acc[i][j], a, b[j]);
             }
-        }
-    }
-}
-
-template <int, bool>
-__device__ void multiply(Accumulators& acc, const __nv_bfloat16 (*A)[pitch], const __nv_bfloat16 (*B)[pitch],
-                         int rows) {
-    Lane lane;
-    int l = threadIdx.x % 32;
-    for (int k = 0; k < rows; k += 16) {
-        uint32_t b[2][4];  // two columns of fragments a load
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-            load_transposed(b[j], &B[k + l % 8 + l / 8 % 2 * 8][lane.column + j * 16 + l / 16 * 8]);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            uint32_t a[4];
-            load_transposed(a, &A[k + l % 8 + l / 16 * 8][lane.row + i * 16 + l / 8 % 2 * 8]);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) mma_bf16(acc[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
         }
     }
 }

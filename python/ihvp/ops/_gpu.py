@@ -31,17 +31,19 @@ MISSING = {
 
 def triton(op: str) -> Callable[..., Any]:
     """The op's Triton kernel, `run` of `ihvp.ops._triton.<op>`."""
-    return _Lazy("triton", f"ihvp.ops._triton.{op}")
+    return Lazy("triton", f"ihvp.ops._triton.{op}")
 
 
-def cuda(op: str) -> Callable[..., Any]:
-    """The op's CUDA kernel, `run` of `ihvp.ops._cuda.<op>`."""
-    return _Lazy("cuda", f"ihvp.ops._cuda.{op}")
+def cuda(op: str, lacks: Callable[..., str] | None = None) -> Callable[..., Any]:
+    """The op's CUDA kernel, `run` of `ihvp.ops._cuda.<op>`; `lacks` says of its arguments what it does not take."""
+    return Lazy("cuda", f"ihvp.ops._cuda.{op}", lacks)
 
 
-class _Lazy:
-    def __init__(self, implementation: str, module: str) -> None:
-        self.implementation, self.module = implementation, module
+class Lazy:
+    """An implementation that is imported when it is first called."""
+
+    def __init__(self, implementation: str, module: str, lacks: Callable[..., str] | None = None) -> None:
+        self.implementation, self.module, self.lacks = implementation, module, lacks
 
     def __call__(self, *args: Any) -> Any:
         if not installed(self.implementation):
@@ -106,3 +108,19 @@ def workspace(op: str, count: int, bytes_each: int, make: Callable[[int], T]) ->
         raise torch.OutOfMemoryError(
             f"{op} needs {chunk * bytes_each / 2**20:.1f} MiB of workspace for {chunk} of {count} at a time"
         ) from error
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 2
+
+
+def parts_of(device: torch.device, tiles: int, items: int) -> int:
+    """Into how many parts the sum over `items` is cut: the least turns of one program a processor, then few parts."""
+    return _parts_of(processors(device), tiles, items)
+
+
+@functools.lru_cache(4096)
+def _parts_of(processors: int, tiles: int, items: int) -> int:
+    options = range(1, min(items, 32) + 1)
+    return min(options, key=lambda parts: -(-tiles * parts // processors) * -(-items // parts) * (1 + 0.01 * parts))

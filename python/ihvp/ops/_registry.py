@@ -170,13 +170,13 @@ class Op:
                     + ", ".join(f'"{name}"' for name in present)
                     + gone
                 )
-            if name in GPU and self._widest(args) == torch.float64:
-                raise RuntimeError(
-                    f'{self.name} has no "{name}" implementation for float64 operands, which "reference" takes'
-                )
+            lacks = self._lacks(name, args)
+            if lacks:
+                raise RuntimeError(f'{self.name} has no "{name}" implementation for {lacks}, which "reference" takes')
             return name, "forced by ihvp.use"
         if device.type == "cuda":
-            return self._choose_on_gpu(_gpu.device_class(device), present, self._widest(args))
+            able = [name for name in present if not self._lacks(name, args)]
+            return self._choose_on_gpu(_gpu.device_class(device), able, self._widest(args))
         return self._default, f"of {', '.join(present)} on {device.type}"
 
     def _choose_on_gpu(self, kind: str, present: Sequence[str], widest: torch.dtype) -> tuple[str, str]:
@@ -188,6 +188,14 @@ class Op:
         if proven.get(name, 0) <= 1:
             return "reference", f"no faster kernel is proven on {kind}" if proven else f"no kernel is proven on {kind}"
         return name, f"measured {proven[name]:.1f} times as fast as the reference on {kind}"
+
+    def _lacks(self, name: str, args: tuple[Any, ...]) -> str:
+        """What among the arguments an implementation does not take."""
+        if name in GPU and self._widest(args) == torch.float64:
+            return "float64 operands"
+        implementation = self.implementations[name]
+        lacks = implementation.lacks if isinstance(implementation, _gpu.Lazy) else None
+        return "" if lacks is None else lacks(*args)
 
     def _widest(self, args: tuple[Any, ...]) -> torch.dtype:
         """The operands' widest type; the accumulator of an in-place op, its first argument, may be wider.

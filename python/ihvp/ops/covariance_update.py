@@ -19,6 +19,7 @@ from ihvp.ops._arguments import (
 )
 from ihvp.ops._gpu import cuda, triton
 from ihvp.ops._registry import Op
+from ihvp.ops._rows import alike
 
 
 def covariance_update_(C: Tensor, x: Tensor, *, mask: Tensor | None = None, bias: bool = False) -> Tensor:
@@ -69,7 +70,7 @@ _op = Op(
         "reference": reference,
         "native": native,
         "triton": triton("covariance_update"),
-        "cuda": cuda("covariance_update"),
+        "cuda": cuda("covariance_update", lambda C, x, *_: "" if alike(x) else "float32 operands"),
     },
     fake=lambda C, x, mask, bias: None,
 )

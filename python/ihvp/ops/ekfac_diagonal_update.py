@@ -19,6 +19,7 @@ from ihvp.ops._arguments import (
 )
 from ihvp.ops._gpu import cuda, triton
 from ihvp.ops._registry import Candidate, Op, packing, short
+from ihvp.ops._rows import alike
 
 
 def ekfac_diagonal_update_(
@@ -116,6 +117,18 @@ def native(
     _native.ekfac_diagonal_update(Lambda, a, delta, U_A, U_G, mask, bias, order, torch.get_num_threads())
 
 
+def beyond_cuda(Lambda: Tensor, a: Tensor, delta: Tensor, U_A: Tensor | None, U_G: Tensor | None, *_: object) -> str:
+    """Projected tokens are rounded to 16 bits at torch's "medium" float32 matmul precision alone, squares never."""
+    bases = [U for U in (U_A, U_G) if U is not None]
+    if not alike(a, delta, *bases):
+        return "operands that are not of one 16-bit type"
+    if a.shape[1] == 1:
+        return "a single position"
+    if bases and torch.get_float32_matmul_precision() != "medium":
+        return 'bases at another float32 matmul precision than "medium"'
+    return ""
+
+
 _op = Op(
     "ekfac_diagonal_update_",
     "(Tensor(a!) Lambda, Tensor a, Tensor delta, Tensor? U_A, Tensor? U_G, Tensor? mask, bool bias) -> ()",
@@ -123,7 +136,7 @@ _op = Op(
         "reference": reference,
         "native": native,
         "triton": triton("ekfac_diagonal_update"),
-        "cuda": cuda("ekfac_diagonal_update"),
+        "cuda": cuda("ekfac_diagonal_update", beyond_cuda),
     },
     fake=lambda Lambda, a, delta, U_A, U_G, mask, bias: None,
     candidates=candidates,

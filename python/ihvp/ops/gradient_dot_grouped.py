@@ -19,7 +19,7 @@ from ihvp.ops._arguments import (
     features,
     plain,
 )
-from ihvp.ops._gpu import cuda, triton
+from ihvp.ops._gpu import triton
 from ihvp.ops._registry import Op
 from ihvp.ops.gradient_dot import gradient_dot
 
@@ -133,7 +133,6 @@ _op = Op(
         "reference": reference,
         "native": native,
         "triton": triton("gradient_dot_grouped"),
-        "cuda": cuda("gradient_dot_grouped"),
     },
     fake=fake,
 )

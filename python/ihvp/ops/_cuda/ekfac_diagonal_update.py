@@ -1,22 +1,17 @@
-"""Lambda += sum_n (U_G^T g_n U_A)^2: tokens projected by torch, squares summed in registers by the kernel."""
+"""Lambda += sum_n (U_G^T g_n U_A)^2 of 16-bit tokens: projected by torch, squared and summed in one call."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ihvp import _cuda
-from ihvp.ops._arguments import read_tokens
-from ihvp.ops._cuda._launch import affordable, padded, parts, rows_of, stream_of, terms
+from ihvp.ops._cuda._launch import rows_of, stream_of
+from ihvp.ops._gpu import parts_of, workspace
+from ihvp.ops._rows import padded
 
-
-def project(x: Tensor, U: Tensor, mask: Tensor | None, bias: bool, dtype: torch.dtype) -> Tensor:
-    """Tokens in the eigenbasis, in padded rows; the bias row of U is added where a position is real."""
-    wide = U.to(dtype)
-    y = read_tokens(x, mask, False, dtype) @ wide[: x.shape[2]]
-    if bias:
-        y = y + (wide[-1] if mask is None else mask.unsqueeze(-1) * wide[-1])
-    return torch.nn.functional.pad(y, (0, padded(U.shape[1]) - U.shape[1]))
+EXAMPLES = 4096  # squares summed in float32 before they are added to Lambda, which may be wider
 
 
 def run(
@@ -25,23 +20,27 @@ def run(
     (N, T, _), (O, I) = a.shape, Lambda.shape
     if N * T * O * I == 0:
         return
-    bases = [U for U in (U_A, U_G) if U is not None]
-    narrow = T > 1 and all(x.dtype == torch.bfloat16 for x in (a, delta, *bases))
-    # Without a basis the products of bfloat16 tokens are exact; projected tokens are kept so at "medium" alone.
-    narrow = narrow and (not bases or torch.get_float32_matmul_precision() == "medium")
-    dtype = torch.bfloat16 if narrow else torch.float32
-    # Tokens in the basis, and before that what is projected.
-    bytes_each = 2 * T * (padded(I) + padded(O)) * dtype.itemsize
-    examples = affordable("ekfac_diagonal_update_", N, bytes_each, a.device)
+    out = Lambda if Lambda.is_contiguous() else torch.zeros(O, I, dtype=Lambda.dtype, device=a.device)
+    bytes_each = 4 * T * (padded(I) + padded(O))  # tokens in the basis, and before that what is projected
+    examples = min(
+        EXAMPLES,
+        workspace("ekfac_diagonal_update_", N, bytes_each, lambda n: a.new_empty(n * bytes_each, dtype=torch.uint8))[0],
+    )
+    bases = [None if U is None else pad(U, (0, padded(U.shape[1]) - U.shape[1])) for U in (U_A, U_G)]
     with stream_of(a) as stream:
-        cut = parts(a.device, -(-O // 128) * -(-I // 128), examples)
-        out = torch.empty(cut, O, I, device=a.device)
         for n in range(0, N, examples):
             part = slice(n, n + examples)
             own = None if mask is None else mask[part]
-            if U_A is None or U_G is None:
-                x, d = rows_of(a[part], own, bias, dtype), rows_of(delta[part], own, False, dtype)
-            else:
-                x, d = project(a[part], U_A, own, bias, dtype), project(delta[part], U_G, own, False, dtype)
-            _cuda.ekfac_diagonal_update(out, d, x, T == 1, terms(), stream)
-            Lambda += out.sum(0)
+            x, d = (
+                in_basis(rows_of(y[part], own, column), U)
+                for y, U, column in ((a, bases[0], bias), (delta, bases[1], False))
+            )
+            cut = parts_of(a.device, -(-O // 128) * -(-I // 128), x.shape[0])
+            _cuda.ekfac_diagonal_update(out, torch.empty(cut, O, I, device=a.device), d, x, stream)
+    if out is not Lambda:
+        Lambda += out
+
+
+def in_basis(x: Tensor, U: Tensor | None) -> Tensor:
+    """A plain product of one type, and so the library's."""
+    return x if U is None else x[..., : len(U)] @ U

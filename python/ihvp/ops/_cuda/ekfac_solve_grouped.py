@@ -10,6 +10,7 @@ from torch import Tensor
 from ihvp import _cuda
 from ihvp.ops._cuda._launch import stream_of, table
 
+ENTRIES = 16  # of a layer's row: V, U_A, U_G, Lambda, out; O, I; strides 3, 2, 2, 2
 WIDEST = 128  # what fits beside a streamed basis
 
 
@@ -26,10 +27,10 @@ def run(
     with stream_of(V[0]) as stream:
         out = [torch.empty(x.shape, device=x.device) for x in V]
         wide = [[x.float() for x in tensors] for tensors in (V, U_A, U_G, Lambda)]
-        rows = [
-            (*(x.data_ptr() for x in own), *own[0].shape[1:], *(stride for x in own[:4] for stride in x.stride()))
-            for own in zip(*wide, out, strict=True)
-        ]
+        rows: list[int] = []
+        for v, A, G, own, result in zip(*wide, out, strict=True):
+            rows += (v.data_ptr(), A.data_ptr(), G.data_ptr(), own.data_ptr(), result.data_ptr())
+            rows += (*v.shape[1:], *v.stride(), *A.stride(), *G.stride(), *own.stride())
         shifts = torch.tensor(damping, dtype=torch.float32).pin_memory().to(V[0].device, non_blocking=True)
-        _cuda.ekfac_solve_grouped(table(rows, V[0].device), shifts, V[0].shape[0], stream)
+        _cuda.ekfac_solve_grouped(table(rows, ENTRIES, V[0].device), shifts, V[0].shape[0], stream)
         return out

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ihvp.ops._gpu import processors
+
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
     raise ImportError(f"the Triton kernels need triton 3.3 or newer, got {triton.__version__}")
 
@@ -78,11 +80,6 @@ def _kind(x: Any) -> Any:
 @functools.cache
 def capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 2
 
 
 @functools.cache
@@ -170,27 +167,6 @@ def count(size: int, block: int) -> int:
 def splits(device: torch.device, tiles: int, depth: int, least: int) -> int:
     """Into how many parts a sum over `depth` is cut, of `least` terms or more, to fill the device twice."""
     return max(1, min(2 * processors(device) // max(tiles, 1), count(depth, least)))
-
-
-def parts_of(device: torch.device, tiles: int, items: int) -> int:
-    """Into how many parts the sum over `items` is cut: the least turns of one program a processor, then few parts."""
-    return _parts_of(processors(device), tiles, items)
-
-
-@functools.lru_cache(4096)
-def _parts_of(processors: int, tiles: int, items: int) -> int:
-    options = range(1, min(items, 32) + 1)
-    return min(options, key=lambda parts: count(tiles * parts, processors) * count(items, parts) * (1 + 0.01 * parts))
-
-
-def flat_rows(x: Tensor) -> tuple[int, int, int]:
-    """(T, stride_n, stride_t) of the rows of (N,T,features); T = 1 where one stride leads through all of them."""
-    N, T, _ = x.shape
-    if T == 1:
-        return 1, x.stride(0), 0
-    if N <= 1 or x.stride(0) == T * x.stride(1):
-        return 1, x.stride(1), 0
-    return T, x.stride(0), x.stride(1)
 
 
 def mask_bytes(mask: Tensor | None) -> Tensor | None:

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ihvp.ops._triton._launch import INTERPRETED, count, launch, parts_of, tile_of_planes, warps
+from ihvp.ops._gpu import parts_of
+from ihvp.ops._triton._launch import INTERPRETED, count, launch, tile_of_planes, warps
 from ihvp.ops._triton._planes import Planes
 from ihvp.ops._triton._product import fetch
 

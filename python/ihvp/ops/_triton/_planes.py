@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ihvp.ops._triton._launch import block, count, flat_rows, launch, mask_bytes
+from ihvp.ops._rows import flat_rows, padded, ready
+from ihvp.ops._triton._launch import block, count, launch, mask_bytes
 from ihvp.ops._triton._tile import load_tokens, real_rows
 
 TOP = tl.constexpr(14)  # the exponent that a slice's largest number gets
@@ -56,11 +57,6 @@ def flat(x: Planes) -> Planes:
         for y in (x.high, x.low)
     ]
     return Planes(rows[0], rows[1], x.scale)  # type: ignore[arg-type]
-
-
-def padded(features: int) -> int:
-    """Rows of a multiple of 16 numbers begin at whole 32 bytes."""
-    return -(-features // 16) * 16
 
 
 def empty_planes(N: int, T: int, features: int, low: bool, device: torch.device) -> Planes:
@@ -143,13 +139,6 @@ def read_kernel(
                     tl.store(scale_ptr + n, power_of_two(exponent))
         at = (n * T + t)[:, None] * width + i[None, :]
         store_planes(high_ptr, low_ptr, at, x, (t < T)[:, None] & (i < width)[None, :])
-
-
-def ready(x: Tensor) -> bool:
-    """Whether a tensor descriptor reaches it: features side by side, rows evenly apart by a multiple of 16 bytes."""
-    T, step, _ = flat_rows(x)
-    near = x.stride(2) == 1 and T == 1
-    return near and step > 0 and step * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 def as_planes(x: Tensor) -> Planes:

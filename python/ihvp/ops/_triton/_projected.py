@@ -9,15 +9,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ihvp.ops._gpu import workspace
-from ihvp.ops._triton._planes import Planes, padded, planes
+from ihvp.ops._rows import alike, padded
+from ihvp.ops._triton._planes import Planes, planes
 from ihvp.ops._triton._product import rows_times
-
-NARROW = (torch.bfloat16, torch.float16)
-
-
-def alike(*operands: Tensor) -> bool:
-    """Whether all are of one 16-bit type, whose products are exact in float32."""
-    return operands[0].dtype in NARROW and all(x.dtype == operands[0].dtype for x in operands)
 
 
 def token_planes(a: Tensor, delta: Tensor, mask: Tensor | None, bias: bool) -> tuple[Planes, Planes]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from ihvp.ops._rows import alike
 from ihvp.ops._triton._launch import count
 from ihvp.ops._triton._outer import add_sums
 from ihvp.ops._triton._planes import flat, planes
@@ -17,7 +17,7 @@ def run(C: Tensor, x: Tensor, mask: Tensor | None, bias: bool) -> None:
     N, T, _ = x.shape
     if C.shape[0] == 0 or N * T == 0:
         return
-    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    narrow = alike(x)
     rows = flat(planes(x, mask, bias, narrow=narrow, common=True))
     for first in range(0, N * T, MOST):
         part = rows.rows(slice(first, first + MOST))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ihvp.ops._rows import alike
 from ihvp.ops._triton._planes import planes
 from ihvp.ops._triton._product import rows_times
-from ihvp.ops._triton._projected import alike
 
 
 def run(x: Tensor, U: Tensor, mask: Tensor | None, bias: bool) -> Tensor:

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ihvp.ops._gpu import workspace
-from ihvp.ops._triton._launch import INTERPRETED, block, count, launch, processors, wide_arithmetic
+from ihvp.ops._gpu import processors, workspace
+from ihvp.ops._rows import alike
+from ihvp.ops._triton._launch import INTERPRETED, block, count, launch, wide_arithmetic
 from ihvp.ops._triton._planes import Planes, planes
 from ihvp.ops._triton._product import row_dots
-from ihvp.ops._triton._projected import alike
 from ihvp.ops._triton.per_sample_gradient import gradients
 
 FEW = 64  # queries up to which the library's product of two flat, very long operands is slower than `dots`

@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ihvp.ops._rows import flat_rows
 from ihvp.ops._triton._launch import (
     arithmetic,
     block,
     count,
     depth,
-    flat_rows,
     launch,
     mask_bytes,
     next_power_of_2,

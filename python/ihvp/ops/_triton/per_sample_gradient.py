@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ihvp.ops._rows import alike
 from ihvp.ops._triton._launch import INTERPRETED, count, launch, tile_of_planes, warps
 from ihvp.ops._triton._outer import outer_tile
 from ihvp.ops._triton._planes import Planes, planes
-from ihvp.ops._triton._projected import alike
 
 
 @triton.jit
