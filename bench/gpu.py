@@ -49,6 +49,8 @@ def device_milliseconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def widened(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: widened(x) for name, x in value.items()}
     if isinstance(value, list):
         return [widened(x) for x in value]
     return value.double() if isinstance(value, Tensor) else value
@@ -107,8 +109,9 @@ def measured(case: Case, repeats: int) -> dict[str, Any]:
     arguments = case.arguments()
     runs = compared(case.name, case.op, arguments, case.rival, case.limit)
     times = {name: milliseconds(call, repeats) for name, call in runs.items()}
-    # A group's addresses are listed on the host, which no graph can hold.
-    device = {} if case.host else {name: device_milliseconds(call, repeats) for name, call in runs.items()}
+    # A group's addresses are listed on the host, which no graph can hold; nor does it hold the reference's copies.
+    alone = [] if case.host else [name for name in runs if name != "reference"]
+    device = {name: device_milliseconds(runs[name], repeats) for name in alone}
     ours, theirs = case.expected
     flops = sum(stage.flops * stage.times for stage in case.ours)
     peak = PEAKS[case.ours[0].rate]
@@ -117,11 +120,12 @@ def measured(case: Case, repeats: int) -> dict[str, Any]:
         "case": case.name,
         "op": case.op,
         "dtype": case.dtype,
+        "size": _gpu.size_of(tuple(arguments.values())),
         "milliseconds": times,
         "device_milliseconds": device,
         "ratios": {name: times["torch"] / own for name, own in times.items()},
         "device_ratios": {name: device["torch"] / own for name, own in device.items()},
-        "share_of_peak": {name: flops / (own * 1e-3) / peak for name, own in (device or times).items()},
+        "share_of_peak": {name: flops / (own * 1e-3) / peak for name, own in {**times, **device}.items()},
         "expected_ratio": theirs / ours,
         "goal": case.goal,
         "gpu": torch.cuda.get_device_name(),
@@ -132,9 +136,16 @@ def measured_plain(case: Plain, repeats: int) -> dict[str, Any]:
     """An op without a rival of its own, for the record of what is faster than the reference."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")
-    runs = compared(case.name, case.op, case.arguments(), None, LIMITS[case.dtype])
-    times = {name: milliseconds(call, repeats) for name, call in runs.items()}
-    return {"bench": "gpu every op", "case": case.name, "op": case.op, "dtype": case.dtype, "milliseconds": times}
+    arguments = case.arguments()
+    runs = compared(case.name, case.op, arguments, None, LIMITS[case.dtype])
+    return {
+        "bench": "gpu every op",
+        "case": case.name,
+        "op": case.op,
+        "dtype": case.dtype,
+        "size": _gpu.size_of(tuple(arguments.values())),
+        "milliseconds": {name: milliseconds(call, repeats) for name, call in runs.items()},
+    }
 
 
 def record(results: Iterable[dict[str, Any]], passed: bool) -> dict[str, Any]:
@@ -149,8 +160,9 @@ def record(results: Iterable[dict[str, Any]], passed: bool) -> dict[str, Any]:
         times = result["milliseconds"]
         for name in sorted(set(times) & set(GPU)):
             own = speeds.setdefault(result["op"], {}).setdefault(name, {"speedup": {}, "sources": _gpu.sources(name)})
-            least = min(own["speedup"].get(result["dtype"], math.inf), times["reference"] / times[name])
-            own["speedup"][result["dtype"]] = round(least, 2)
+            kind = f"{result['size']} {result['dtype']}"
+            least = min(own["speedup"].get(kind, math.inf), times["reference"] / times[name])
+            own["speedup"][kind] = round(least, 2)
     return {_gpu.device_class(torch.device("cuda", torch.cuda.current_device())): dict(sorted(speeds.items()))}
 
 

@@ -1,4 +1,4 @@
-"""Every op that has a kernel for GPUs, in float32 and bfloat16, at one middle-sized shape."""
+"""Every op that has a kernel for GPUs, in float32 and bfloat16, at a small shape and a middle-sized one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ from torch import Tensor
 
 from bench.gpu_cases import BF16, F32, basis, randn
 
-N, T, WIDTH, QUERIES, RANK, LAYERS = 32, 64, 512, 8, 16, 32
+RANK, LAYERS = 16, 32
+
+
+@dataclass(frozen=True)
+class Sizes:
+    N: int
+    T: int
+    width: int
+    Q: int
+
+
+SIZES = {"small": Sizes(8, 16, 64, 4), "large": Sizes(32, 64, 512, 8)}
 
 
 @dataclass(frozen=True)
@@ -20,69 +31,70 @@ class Plain:
 
     op: str
     dtype: str
+    size: str
     arguments: Callable[[], dict[str, Any]]
 
     @property
     def name(self) -> str:
-        return f"{self.op} {self.dtype}"
+        return f"{self.op} {self.dtype}, {self.size}"
 
 
-def tokens(dtype: torch.dtype, names: tuple[str, ...] = ("a", "delta"), positions: int = T) -> dict[str, Tensor]:
-    return {name: randn(N, positions, WIDTH, dtype=dtype) for name in names}
+def arguments(dtype: torch.dtype, sizes: Sizes) -> dict[str, Callable[[], dict[str, Any]]]:
+    N, T, width, Q = sizes.N, sizes.T, sizes.width, sizes.Q
 
+    def tokens(*names: str, positions: int = T) -> dict[str, Tensor]:
+        return {name: randn(N, positions, width, dtype=dtype) for name in names or ("a", "delta")}
 
-def bases(dtype: torch.dtype) -> dict[str, Tensor]:
-    return {"U_A": basis(WIDTH, dtype), "U_G": basis(WIDTH, dtype)}
+    def bases() -> dict[str, Tensor]:
+        return {"U_A": basis(width, dtype), "U_G": basis(width, dtype)}
 
+    def weights(*shape: int) -> Tensor:
+        return randn(*shape, dtype=F32).abs().to(dtype) + 0.1
 
-def weights(dtype: torch.dtype) -> Tensor:
-    return randn(WIDTH, WIDTH, dtype=F32).abs().to(dtype) + 0.1
+    def group(*shape: int) -> list[Tensor]:
+        return [randn(*shape, dtype=dtype) for _ in range(LAYERS)]
 
-
-def arguments(dtype: torch.dtype) -> dict[str, Callable[[], dict[str, Any]]]:
-    square, sets = (WIDTH, WIDTH), ("a1", "delta1", "a2", "delta2")
-    V = (QUERIES, *square)
+    sets = ("a1", "delta1", "a2", "delta2")
     return {
-        "covariance_update_": lambda: {"C": torch.zeros(square, device="cuda"), **tokens(dtype, ("x",))},
-        "eigenbasis_project": lambda: {**tokens(dtype, ("x",)), "U": basis(WIDTH, dtype)},
-        "eigenbasis_rotate": lambda: {"V": randn(*V, dtype=dtype), **bases(dtype)},
+        "covariance_update_": lambda: {"C": torch.zeros(width, width, device="cuda"), **tokens("x")},
+        "eigenbasis_project": lambda: {**tokens("x"), "U": basis(width, dtype)},
+        "eigenbasis_rotate": lambda: {"V": randn(Q, width, width, dtype=dtype), **bases()},
         "ekfac_diagonal_update_": lambda: {
-            "Lambda": torch.zeros(square, device="cuda"),
-            **tokens(dtype),
-            **bases(dtype),
+            "Lambda": torch.zeros(width, width, device="cuda"),
+            **tokens(),
+            **bases(),
         },
-        "ekfac_self_influence": lambda: {**tokens(dtype), **bases(dtype), "Lambda": weights(dtype), "damping": 0.1},
+        "ekfac_self_influence": lambda: {**tokens(), **bases(), "Lambda": weights(width, width), "damping": 0.1},
         "ekfac_solve": lambda: {
-            "V": randn(*V, dtype=dtype),
-            **bases(dtype),
-            "Lambda": weights(dtype),
+            "V": randn(Q, width, width, dtype=dtype),
+            **bases(),
+            "Lambda": weights(width, width),
             "damping": 0.1,
         },
-        "ghost_dot": lambda: tokens(dtype, sets),
-        "ghost_norm": lambda: tokens(dtype),
-        "gradient_dot": lambda: {"P": randn(*V, dtype=dtype), **tokens(dtype)},
-        "gradient_dot_low_rank": lambda: {
-            "L": randn(QUERIES, WIDTH, RANK, dtype=dtype),
-            "R": randn(QUERIES, RANK, WIDTH, dtype=dtype),
-            **tokens(dtype),
-        },
-        "gradient_dot_grouped": lambda: {
-            "P": [randn(QUERIES, 8, 64, dtype=dtype) for _ in range(LAYERS)],
-            "a": [randn(N, T, 64, dtype=dtype) for _ in range(LAYERS)],
-            "delta": [randn(N, T, 8, dtype=dtype) for _ in range(LAYERS)],
-        },
         "ekfac_solve_grouped": lambda: {
-            "V": [randn(QUERIES, 8, 64, dtype=dtype) for _ in range(LAYERS)],
+            "V": group(Q, 8, 64),
             "U_A": [basis(64, dtype) for _ in range(LAYERS)],
             "U_G": [basis(8, dtype) for _ in range(LAYERS)],
-            "Lambda": [randn(8, 64, dtype=F32).abs().to(dtype) + 0.1 for _ in range(LAYERS)],
+            "Lambda": [weights(8, 64) for _ in range(LAYERS)],
             "damping": [0.1] * LAYERS,
         },
-        "per_sample_gradient": lambda: tokens(dtype),
-        "weighted_ghost_dot": lambda: {**tokens(dtype, sets, 1), "weight": weights(dtype)},
+        "ghost_dot": lambda: tokens(*sets),
+        "ghost_norm": lambda: tokens(),
+        "gradient_dot": lambda: {"P": randn(Q, width, width, dtype=dtype), **tokens()},
+        "gradient_dot_grouped": lambda: {"P": group(Q, 8, 64), "a": group(N, T, 64), "delta": group(N, T, 8)},
+        "gradient_dot_low_rank": lambda: {
+            "L": randn(Q, width, RANK, dtype=dtype),
+            "R": randn(Q, RANK, width, dtype=dtype),
+            **tokens(),
+        },
+        "per_sample_gradient": lambda: tokens(),
+        "weighted_ghost_dot": lambda: {**tokens(*sets, positions=1), "weight": weights(width, width)},
     }
 
 
 EVERY_OP = tuple(
-    Plain(op, str(dtype).removeprefix("torch."), make) for dtype in (F32, BF16) for op, make in arguments(dtype).items()
+    Plain(op, str(dtype).removeprefix("torch."), size, make)
+    for size, sizes in SIZES.items()
+    for dtype in (F32, BF16)
+    for op, make in arguments(dtype, sizes).items()
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,7 +88,7 @@ def op() -> Any:
 
 
 def record(monkeypatch: pytest.MonkeyPatch, speedup: float, sources: str) -> None:
-    entry = {"triton": {"speedup": {"float32": speedup}, "sources": sources}}
+    entry = {"triton": {"speedup": {"large float32": speedup}, "sources": sources}}
     monkeypatch.setattr(_gpu, "record", lambda: {"sm_90": {"ghost_norm": entry}})
 
 
@@ -109,6 +110,7 @@ def test_the_fastest_proven_kernel_is_chosen(op: Any, monkeypatch: pytest.Monkey
     assert op._choose_on_gpu("sm_90", ["reference"], F32)[0] == "reference"
     assert op._choose_on_gpu("sm_90", present, torch.float64) == ("reference", "float64 operands have no kernel")
     assert op._choose_on_gpu("sm_90", present, torch.bfloat16) == ("reference", "no kernel is proven on sm_90")
+    assert op._choose_on_gpu("sm_90", present, F32, "small") == ("reference", "no kernel is proven on sm_90")
     record(monkeypatch, 0.9, _gpu.sources("triton"))
     assert op._choose_on_gpu("sm_90", present, F32) == ("reference", "no faster kernel is proven on sm_90")
 
@@ -125,7 +127,8 @@ def test_the_record_names_known_ops_and_implementations() -> None:
         for name, entries in found.items():
             assert set(entries) <= set(implementations()[name]) - {"reference", "native"}
             for entry in entries.values():
-                assert set(entry) == {"speedup", "sources"} and set(entry["speedup"]) <= {"float32", "bfloat16"}
+                assert set(entry) == {"speedup", "sources"}
+                assert all(re.fullmatch("(small|large) (float32|bfloat16)", kind) for kind in entry["speedup"])
 
 
 # --- memory ------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def _state(op: str, implementation: str) -> str:
     found = []
     for kind in sorted(_gpu.record()):
         for dtype in (torch.float32, torch.bfloat16):
-            speed = _gpu.speedups(op, kind, dtype).get(implementation)
+            speed = _gpu.speedups(op, kind, dtype, "large").get(implementation)
             if speed is not None:
                 found.append(f"{kind} {str(dtype).removeprefix('torch.')} {speed:.1f}x")
     return ", ".join(found) or "unproven"

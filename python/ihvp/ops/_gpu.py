@@ -1,8 +1,8 @@
 """The ops' implementations for GPUs: imported when first called, and chosen by what has been shown of them.
 
 `proven.json` records, by device class and op, which kernels passed all their tests on such a device, and their measured
-speed over the reference by the type of the operands:
-{"sm_90": {"ghost_norm": {"triton": {"speedup": {"float32": 3.1}, "sources": "0f3a..."}}}}.
+speed over the reference by the size and the type of the operands:
+{"sm_90": {"ghost_norm": {"triton": {"speedup": {"large float32": 3.1}, "sources": "0f3a..."}}}}.
 A record holds only for the very sources that were tested: a changed kernel has to pass again.
 """
 
@@ -13,12 +13,13 @@ import hashlib
 import importlib
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+LARGE = 1 << 19  # numbers
 WORKSPACE = 1 << 28  # bytes that a call takes at most, unless a single example needs more
 T = TypeVar("T")
 
@@ -79,17 +80,28 @@ def record() -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
     return found
 
 
-def speedups(op: str, kind: str, widest: torch.dtype) -> dict[str, float]:
+def speedups(op: str, kind: str, widest: torch.dtype, size: str) -> dict[str, float]:
     """Measured speed over the reference, of the implementations of an op proven on this device class.
 
-    That of float32 operands, or of 16-bit ones, which are measured in bfloat16.
+    That of float32 operands, or of 16-bit ones, which are measured in bfloat16; of a size as `size_of` tells it.
     """
-    measured = "float32" if widest == torch.float32 else "bfloat16"
+    measured = f"{size} {'float32' if widest == torch.float32 else 'bfloat16'}"
     return {
         name: float(entry["speedup"][measured])
         for name, entry in record().get(kind, {}).get(op, {}).items()
         if installed(name) and entry["sources"] == sources(name) and measured in entry["speedup"]
     }
+
+
+def size_of(args: Sequence[Any]) -> str:
+    """ "small" where launches take longer than what they do: operands of fewer than LARGE numbers, but for groups."""
+    total = 0
+    for x in args:
+        if isinstance(x, (list, tuple)) and x and isinstance(x[0], torch.Tensor):
+            return "large"
+        if isinstance(x, torch.Tensor):
+            total += x.numel()
+    return "large" if total >= LARGE else "small"
 
 
 def workspace(op: str, count: int, bytes_each: int, make: Callable[[int], T]) -> tuple[int, T]:

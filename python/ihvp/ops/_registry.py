@@ -176,14 +176,17 @@ class Op:
             return name, "forced by ihvp.use"
         if device.type == "cuda":
             able = [name for name in present if not self._lacks(name, args)]
-            return self._choose_on_gpu(_gpu.device_class(device), able, self._widest(args))
+            return self._choose_on_gpu(_gpu.device_class(device), able, self._widest(args), _gpu.size_of(args))
         return self._default, f"of {', '.join(present)} on {device.type}"
 
-    def _choose_on_gpu(self, kind: str, present: Sequence[str], widest: torch.dtype) -> tuple[str, str]:
+    def _choose_on_gpu(
+        self, kind: str, present: Sequence[str], widest: torch.dtype, size: str = "large"
+    ) -> tuple[str, str]:
         """The fastest of what is proven on this device class for such operands; the reference where nothing is."""
         if widest == torch.float64:
             return "reference", "float64 operands have no kernel"
-        proven = {name: speed for name, speed in _gpu.speedups(self.name, kind, widest).items() if name in present}
+        speeds = _gpu.speedups(self.name, kind, widest, size)
+        proven = {name: speed for name, speed in speeds.items() if name in present}
         name = max(proven, key=proven.__getitem__, default="reference")
         if proven.get(name, 0) <= 1:
             return "reference", f"no faster kernel is proven on {kind}" if proven else f"no kernel is proven on {kind}"

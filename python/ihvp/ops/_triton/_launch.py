@@ -13,10 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ihvp.ops._gpu import processors
-
-if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
-    raise ImportError(f"the Triton kernels need triton 3.3 or newer, got {triton.__version__}")
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
+    raise ImportError(f"the Triton kernels need triton 3.4 or newer, got {triton.__version__}")
 
 
 @triton.jit
@@ -28,7 +26,6 @@ INTERPRETED = not isinstance(_nothing, triton.JITFunction)
 LEAST_CAPABILITY = (8, 0)
 REGISTERS = 255  # a thread may have; left alone, ptxas spills a few of them to fit one more block
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
 
 _compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -102,13 +99,6 @@ class Arithmetic:
         # The interpreter's numpy has no bfloat16.
         return {"DTYPE": tl.float32 if INTERPRETED else TYPES[self.dtype], "PRECISION": self.precision}
 
-    def limit(self, *operands: Tensor) -> int:
-        """The widest tile that stays in registers, of operands that are read as given.
-
-        Three products need twice the operands, and what is not read 16 bytes at a time an address for every element.
-        """
-        return 128 if self.precision != "tf32x3" and all(map(vectorised, operands)) else 64
-
 
 ACCURATE = Arithmetic(torch.float32, "tf32x3")
 
@@ -129,13 +119,6 @@ def wide_arithmetic() -> Arithmetic:
 def depth(how: Arithmetic) -> int:
     """Terms of a sum a step: 64 bytes of TF32 operands, which go through registers three times, or 128 of others."""
     return {"tf32x3": 16, "tf32": 32, "ieee": 64}[how.precision]
-
-
-def vectorised(x: Tensor) -> bool:
-    """Whether Triton can see that 16 bytes lie side by side: extents and strides of multiples of 16, and one of 1."""
-    strides = sorted(x.stride()[-2:])
-    near = strides[0] == 1 and all(stride % 16 == 0 for stride in (*strides[1:], *x.stride()[:-2]))
-    return near and all(size % 16 == 0 for size in x.shape[-2:]) and x.data_ptr() % 16 == 0
 
 
 def warps(rows: int, columns: int) -> int:
@@ -162,11 +145,6 @@ def tile_of_planes(device: torch.device, rows: int, columns: int, terms: int) ->
 
 def count(size: int, block: int) -> int:
     return -(-size // block)
-
-
-def splits(device: torch.device, tiles: int, depth: int, least: int) -> int:
-    """Into how many parts a sum over `depth` is cut, of `least` terms or more, to fill the device twice."""
-    return max(1, min(2 * processors(device) // max(tiles, 1), count(depth, least)))
 
 
 def mask_bytes(mask: Tensor | None) -> Tensor | None:

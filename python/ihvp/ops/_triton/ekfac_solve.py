@@ -13,7 +13,9 @@ from ihvp.ops._triton._product import left_times, rows_times
 
 
 def on_device(damping: Sequence[float], device: torch.device) -> Tensor:
-    """In float32, copied from pinned memory: the stream is not waited for."""
+    """In float32: filled, or copied from pinned memory. The stream is not waited for."""
+    if len(set(damping)) == 1:
+        return torch.full((len(damping),), damping[0], device=device)
     host = torch.tensor(damping, dtype=torch.float32)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
