@@ -125,7 +125,7 @@ def product_kernel(
             out_ptr += batches * tl.cast(M, tl.int64) * width
     else:  # "rows"
         corner = row.to(tl.int64) * stride_x + column
-        at = r[:, None] * stride_x + c[None, :]
+        at = r.to(tl.int64)[:, None] * stride_x + c[None, :]
         x = tl.load(x_ptr + corner + at, mask=inside, other=0.0).to(tl.float32)
         if x_low_ptr is not None:
             x += tl.load(x_low_ptr + corner + at, mask=inside, other=0.0).to(tl.float32)
@@ -237,17 +237,11 @@ def left_times(
     `largest` (D Q) gets the bits of the largest absolute values.
     """
     Q, O, I = out.shape[-3:]
-    divide = (
-        {}
-        if Lambda is None or damping is None
-        else {
-            "Lambda": Lambda,
-            "damping": damping,
-            "dampings": len(damping),
-            "largest": largest,
-            "strides": Lambda.stride(),
-        }
-    )
+    divide: dict[str, Any] = {}
+    if Lambda is not None and damping is not None:
+        own = Lambda.contiguous()  # 32 bits reach across a tile of it
+        divide = {"Lambda": own, "damping": damping, "dampings": len(damping), "largest": largest}
+        divide["strides"] = own.stride()
     multiply(
         U,
         V,

@@ -93,7 +93,7 @@ def dots(P: Tensor, g: Tensor) -> Tensor:
 
 
 def query_first_pays(Q: int, T: int) -> bool:
-    """2 Q T multiplications a weight against 2 T + 2 Q, and g written and read: worth about 400 of them, as measured."""
+    """2 Q T multiplications a weight against 2 T + 2 Q, and g written and read: worth some 400 of them, as measured."""
     return T == 1 or Q * T <= T + Q + 200
 
 
