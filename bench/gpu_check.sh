@@ -38,7 +38,7 @@ step device 30 "$python" -c "import sys, torch; sys.exit(0 if torch.cuda.is_avai
 }
 site=$(mktemp -d) || exit 2
 trap 'rm -rf "$site"' EXIT
-step build 110 "$python" -m pip install --no-build-isolation --no-deps --target "$site" . || exit 1
+step build 90 "$python" -m pip install --no-build-isolation --no-deps --target "$site" . || exit 1
 export PYTHONPATH="$site:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 step info 20 "$python" -m ihvp info
 shown < "$folder/info.log"
@@ -48,10 +48,10 @@ pytest=("$python" -m pytest -m gpu -W default -p no:cacheprovider --rootdir .. -
 parallel=()
 if "$python" -c "import xdist" 2> /dev/null; then parallel=(-n 8); fi  # compiling kernels is most of it
 passed=
-step tests 130 env -C tests "${pytest[@]}" "${parallel[@]}" . && passed=--passed
+step tests 95 env -C tests "${pytest[@]}" "${parallel[@]}" . && passed=--passed
 tail -n 3 "$folder/tests.log" | shown
 
-step ops 70 "$python" -m bench gpu $passed --output "$results" --proven "$folder/proven.json"
+step ops 120 "$python" -m bench gpu $passed --output "$results" --proven "$folder/proven.json"
 shown < "$folder/ops.log"
 step small-layers 25 "$python" -m bench small-layers --device cuda --output "$results"
 shown < "$folder/small-layers.log"
