@@ -1,4 +1,4 @@
-"""Every op that has a kernel for GPUs, in float32 and bfloat16, at a small shape and a middle-sized one."""
+"""Every op that has a kernel for GPUs, in float32 and bfloat16, at a small shape, a middle-sized and a large one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Sizes:
     Q: int
 
 
-SIZES = {"small": Sizes(8, 16, 64, 4), "large": Sizes(32, 64, 512, 8)}
+SIZES = {"small": Sizes(8, 16, 64, 4), "large": Sizes(32, 64, 512, 8), "huge": Sizes(32, 512, 1024, 16)}
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def test_the_record_names_known_ops_and_implementations() -> None:
             assert set(entries) <= set(implementations()[name]) - {"reference", "native"}
             for entry in entries.values():
                 assert set(entry) == {"speedup", "sources"}
-                assert all(re.fullmatch("(small|large) (float32|bfloat16)", kind) for kind in entry["speedup"])
+                assert all(re.fullmatch("(small|large|huge) (float32|bfloat16)", kind) for kind in entry["speedup"])
 
 
 # --- memory ------------------------------------------------------------------------------------------------------

@@ -65,9 +65,10 @@ def _state(op: str, implementation: str) -> str:
     found = []
     for kind in sorted(_gpu.record()):
         for dtype in (torch.float32, torch.bfloat16):
-            speed = _gpu.speedups(op, kind, dtype, "large").get(implementation)
-            if speed is not None:
-                found.append(f"{kind} {str(dtype).removeprefix('torch.')} {speed:.1f}x")
+            speeds = [_gpu.speedups(op, kind, dtype, size).get(implementation) for size in ("small", "large", "huge")]
+            if any(speeds):
+                each = "/".join("-" if speed is None else f"{speed:.1f}" for speed in speeds)
+                found.append(f"{kind} {str(dtype).removeprefix('torch.')} {each}")
     return ", ".join(found) or "unproven"
 
 

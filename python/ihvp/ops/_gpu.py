@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-LARGE = 1 << 19  # numbers
+LARGE, HUGE = 1 << 19, 1 << 24  # numbers among the operands
 WORKSPACE = 1 << 28  # bytes that a call takes at most, unless a single example needs more
 T = TypeVar("T")
 
@@ -94,14 +94,17 @@ def speedups(op: str, kind: str, widest: torch.dtype, size: str) -> dict[str, fl
 
 
 def size_of(args: Sequence[Any]) -> str:
-    """ "small" where launches take longer than what they do: operands of fewer than LARGE numbers, but for groups."""
+    """The class of size that speeds are measured by: "small", where launches take longest, "large", or "huge".
+
+    It goes by the numbers among the operands; a group of layers is "large".
+    """
     total = 0
     for x in args:
         if isinstance(x, (list, tuple)) and x and isinstance(x[0], torch.Tensor):
             return "large"
         if isinstance(x, torch.Tensor):
             total += x.numel()
-    return "large" if total >= LARGE else "small"
+    return "huge" if total >= HUGE else "large" if total >= LARGE else "small"
 
 
 def workspace(op: str, count: int, bytes_each: int, make: Callable[[int], T]) -> tuple[int, T]:
