@@ -94,6 +94,7 @@ def record(monkeypatch: pytest.MonkeyPatch, speedup: float, sources: str) -> Non
 
 def test_nothing_unproven_is_chosen(op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     present = ["reference", "triton"]
+    monkeypatch.setattr(_gpu, "record", lambda: {})
     assert op._choose_on_gpu("sm_90", present, F32) == ("reference", "no kernel is proven on sm_90")
     record(monkeypatch, 3.0, "of another version")
     assert op._choose_on_gpu("sm_90", present, F32)[0] == "reference"
