@@ -14,7 +14,7 @@ from bench.cases import CASES, Case, Goal
 from bench.measure import FULL, QUICK, Timing, check, machine, once, race, relative_error, write
 from bench.memory import extra_memory
 from bench.problem import Problem
-from bench.products import is_amd, processor_case, threads
+from bench.products import processor_case, threads, torch_mm_counts
 from bench.report import report
 from bench.roofline import Peak, rates
 
@@ -50,7 +50,7 @@ def figure(goal: Goal, timings: dict[str, Timing], families: dict[str, str], sha
 
 
 def counts(goal: Goal) -> bool:
-    return goal.against not in TORCH_MM or is_amd()
+    return goal.against not in TORCH_MM or torch_mm_counts()
 
 
 def measured(case: Case, default_threads: int, copy: dict[int, dict[str, float]], quick: bool) -> dict[str, Any]:
