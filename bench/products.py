@@ -59,19 +59,18 @@ def threads(count: int) -> Iterator[None]:
 
 @functools.cache
 def torch_mm_share() -> float:
-    """The share of the float32 multiply-adds' peak that torch.mm reaches at 1024^3 with one thread, medians in turns."""
+    """The share of the float32 peak that torch.mm reaches at 1024^3 with one thread, medians in turns."""
+    rounds = int(2e9 / _native.peak("float32", 1, 1))
+    flops = {"product": 2 * 1024**3, "peak": _native.peak("float32", rounds, 1)}
+    times: dict[str, list[float]] = {name: [] for name in flops}
     with threads(1):
         x = torch.randn(1024, 1024)
-        rounds = int(2e9 / _native.peak("float32", 1, 1))
-        flops = _native.peak("float32", rounds, 1)
-        times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(9):
-            for own, call in zip(times, (lambda: x @ x, lambda: _native.peak("float32", rounds, 1)), strict=True):
-                start = time.perf_counter()
-                call()
-                own.append(time.perf_counter() - start)
-    product, peak = map(median, times)
-    return 2 * 1024**3 / product / (flops / peak)
+        for name in [*flops] * 9:
+            start = time.perf_counter()
+            _native.peak("float32", rounds, 1) if name == "peak" else torch.mm(x, x)
+            times[name].append(time.perf_counter() - start)
+    product, peak = (flops[name] / median(own) for name, own in times.items())
+    return product / peak
 
 
 def torch_mm_counts() -> bool:
