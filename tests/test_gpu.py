@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from ihvp.ops import _gpu
 from ihvp.ops._registry import DEVICES, GPU, implementations
 from op_cases import BF16, F32, SPECS, Call, make
 from tolerance import assert_close
-from torch import Tensor
+from torch import Tensor, nn
 
 pytestmark = [
     pytest.mark.gpu,
@@ -141,3 +142,18 @@ def test_float64_operands_have_no_kernel() -> None:
     assert ihvp.explain(ops.ghost_norm, x, x).implementation == "reference"
     with ihvp.use("triton"), pytest.raises(RuntimeError, match='has no "triton" implementation for float64 operands'):
         ops.ghost_norm(x, x)
+
+
+@pytest.mark.parametrize("implementation", ["reference", *(name for name in GPU if name == "triton")])
+def test_scores_of_a_net_are_those_of_the_cpu(implementation: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 5))
+    x, y = torch.randn(64, 20), torch.randint(5, (64,))
+    found = []
+    for device in ("cpu", "cuda"):
+        data = [(own.to(device), targets.to(device)) for own, targets in zip(x.split(16), y.split(16), strict=True)]
+        model = ihvp.InfluenceModel(copy.deepcopy(net).to(device), nn.CrossEntropyLoss(reduction="none"))
+        with ihvp.use(implementation) if device == "cuda" else contextlib.nullcontext():
+            curvature = ihvp.EKFACIHVP(model, data, damping="auto")
+            found.append(ihvp.FirstOrderInfluenceCalculator(model, data, curvature).scores(data[:1]).cpu())
+    assert (found[1] - found[0]).norm() <= 1e-3 * found[0].norm()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ihvp import ExactIHVP, FirstOrderInfluenceCalculator
-from ihvp.batch import all_finite
+from ihvp.batch import FiniteChecks, all_finite
 from method_cases import FITTED
 from nets import METHODS, cross_entropy
 from sound_problem import N, check, model, x, y
@@ -32,6 +32,14 @@ def steep(outputs: Tensor, targets: Tensor) -> Tensor:
     return losses + (outputs - outputs.detach()).sum(1).abs().sqrt() if bool((targets == 2).all()) else losses
 
 
+@pytest.fixture(params=["at once", "together"])
+def answers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU, and as on a GPU."""
+    if request.param == "together":
+        monkeypatch.setattr(FiniteChecks, "_answers_at_once", staticmethod(lambda x: False))
+
+
+@pytest.mark.usefixtures("answers")
 @pytest.mark.parametrize("method", FITTED)
 def test_a_factor_that_is_not_finite_names_the_layer_and_the_batch(method: str) -> None:
     bad = torch.full((N, 4), torch.inf)
@@ -57,6 +65,7 @@ def test_a_factor_that_is_not_finite_names_the_layer_and_the_batch(method: str) 
         ("fisher", "theta"),
     ],
 )
+@pytest.mark.usefixtures("answers")
 @pytest.mark.parametrize("how", ["query", "train", "top_k", "self", "values", "group", "compute_ihvp", "compute_hvp"])
 def test_a_gradient_that_is_not_finite_names_the_layer_and_the_batch(
     how: str, method: str, normalize: bool | str
@@ -85,3 +94,16 @@ def test_a_sum_that_overflows_is_not_a_number_that_is_not_finite(bad: float | No
     if bad is not None:
         x.data[4, 1] = bad
     assert all_finite(x) == (bad is None)
+
+
+@pytest.mark.usefixtures("answers")
+def test_what_is_masked_need_not_be_finite() -> None:
+    x, mask = torch.tensor([[[1.0], [torch.nan]], [[torch.inf], [2.0]]]), torch.tensor([[True, False], [False, True]])
+    checks = FiniteChecks()
+    checks.add(x, "masked", mask)
+    checks.add(x[:0], "empty")
+    checks.finish()
+    with pytest.raises(FloatingPointError, match="second"):
+        checks.add(x[:, :1], "second", mask[:, 1:])
+        checks.add(x, "third")
+        checks.finish()

@@ -102,13 +102,17 @@ class FiniteChecks:
 
     def add(self, x: Tensor, message: str, mask: Tensor | None = None) -> None:
         """Raises FloatingPointError when x is not finite where the mask is True: at once on a CPU, else in `finish`."""
-        if x.device.type == "cpu":
+        if self._answers_at_once(x):
             if not all_finite(x) and (mask is None or not all_finite(x[mask])):
                 raise FloatingPointError(message)
         elif x.numel() > 0:
             seen = x.detach() if mask is None else torch.where(mask.unsqueeze(-1), x.detach(), 0)
             self._extremes += torch.aminmax(seen)
             self._messages.append(message)
+
+    @staticmethod
+    def _answers_at_once(x: Tensor) -> bool:
+        return x.device.type == "cpu"
 
     def finish(self) -> None:
         """Raises FloatingPointError for the first tensor that was not finite."""

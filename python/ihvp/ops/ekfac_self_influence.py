@@ -46,7 +46,7 @@ def ekfac_self_influence(
 
     Returns:
         (N,), float64 if an operand is, float32 otherwise. The same bits for any number of threads.
-        On CUDA devices torch's float32 matmul precision below "highest" rounds operands to TF32, 2^-11 each.
+        On CUDA devices torch's float32 matmul precision below "highest" rounds operands to TF32's 11 bits, 2^-11 each.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or device, or a negative damping.

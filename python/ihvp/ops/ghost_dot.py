@@ -45,7 +45,7 @@ def ghost_dot(
 
     Returns:
         (M,N), float64 if an operand is, float32 otherwise.
-        On CUDA devices torch's float32 matmul precision below "highest" rounds operands to TF32, 2^-11 each.
+        On CUDA devices torch's float32 matmul precision below "highest" rounds operands to TF32's 11 bits, 2^-11 each.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or device, named with what was expected.

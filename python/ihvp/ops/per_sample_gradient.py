@@ -22,7 +22,7 @@ def per_sample_gradient(a: Tensor, delta: Tensor, *, mask: Tensor | None = None,
 
     Returns:
         (N,O,I'), float64 if an operand is, float32 otherwise.
-        On CUDA devices torch's float32 matmul precision below "highest" rounds operands to TF32, 2^-11 each.
+        On CUDA devices torch's float32 matmul precision below "highest" rounds operands to TF32's 11 bits, 2^-11 each.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or device, named with what was expected.
