@@ -26,13 +26,6 @@ struct dim3 {
 };
 inline dim3 threadIdx, blockIdx;
 
-struct __nv_bfloat16 {
-    uint16_t bits;
-};
-struct __half {
-    uint16_t bits;
-};
-
 namespace ihvp {
 namespace cuda {
 
@@ -120,60 +113,23 @@ inline uint32_t tf32(float x) { return (as_bits(x) + 0x1000u) & ~0x1fffu; }
 
 inline uint32_t (&shown())[32][8] { return host.registers[host.current / 32]; }
 
-template <int depth, class Element>
-void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const Element& element) {
+inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     int lane = host.current % 32;
     Barrier& warp = host.warp[host.current / 32];
     auto& all = shown();
     std::copy(a, a + 4, all[lane]);
-    all[lane][4] = b0;
-    all[lane][5] = b1;
+    std::copy(b, b + 2, all[lane] + 4);
     wait(warp);
-    constexpr int half = depth / 2, per_register = depth / 8;  // k's halves lie in different registers
     for (int i = 0; i < 4; ++i) {
         int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
         float sum = 0;
-        for (int k = 0; k < depth; ++k) {
-            int member = k % half / per_register, part = k % per_register;
-            float x = element(all[row % 8 * 4 + member][row / 8 + 2 * (k / half)], part);
-            sum += x * element(all[column * 4 + member][4 + k / half], part);
-        }
+        for (int k = 0; k < 8; ++k)  // k's halves lie in different registers
+            sum += as_float(all[row % 8 * 4 + k % 4][row / 8 + 2 * (k / 4)]) *
+                   as_float(all[column * 4 + k % 4][4 + k / 4]);
         c[i] += sum;
     }
     wait(warp);
 }
-
-inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    mma<8>(c, a, b[0], b[1], [](uint32_t x, int) { return as_float(x); });
-}
-
-inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    mma<16>(c, a, b0, b1, [](uint32_t x, int part) { return as_float(part ? x & 0xffff0000u : x << 16); });
-}
-
-inline void load_transposed(uint32_t (&r)[4], const __nv_bfloat16* at) {
-    int lane = host.current % 32;
-    Barrier& warp = host.warp[host.current / 32];
-    auto& all = shown();
-    std::memcpy(all[lane], at, 16);  // a row of one of the four matrices
-    wait(warp);
-    auto element = [&](int matrix, int row, int column) {
-        return uint32_t(reinterpret_cast<const uint16_t*>(all[matrix * 8 + row])[column]);
-    };
-    for (int matrix = 0; matrix < 4; ++matrix)
-        r[matrix] = element(matrix, lane % 4 * 2, lane / 4) | element(matrix, lane % 4 * 2 + 1, lane / 4) << 16;
-    wait(warp);
-}
-
-inline void copy_async(void* to, const void* from, bool inside) {
-    if (inside)
-        std::memcpy(to, from, 16);
-    else
-        std::memset(to, 0, 16);
-}
-inline void commit_copies() {}
-template <int>
-void wait_for_copies() {}
 
 }  // namespace cuda
 }  // namespace ihvp
@@ -181,18 +137,3 @@ void wait_for_copies() {}
 inline void __syncthreads() { ihvp::cuda::wait(ihvp::cuda::host.block); }
 inline void __syncwarp() { ihvp::cuda::wait(ihvp::cuda::host.warp[ihvp::cuda::host.current / 32]); }
 inline float __uint_as_float(uint32_t bits) { return ihvp::cuda::as_float(bits); }
-inline float __bfloat162float(__nv_bfloat16 x) { return ihvp::cuda::as_float(uint32_t(x.bits) << 16); }
-inline float __half2float(__half x) {
-    _Float16 y;
-    std::memcpy(&y, &x.bits, 2);
-    return float(y);
-}
-inline float __shfl_xor_sync(unsigned, float x, int across) {
-    int lane = ihvp::cuda::host.current % 32;
-    auto& all = ihvp::cuda::shown();
-    all[lane][0] = ihvp::cuda::as_bits(x);
-    __syncwarp();
-    float other = ihvp::cuda::as_float(all[lane ^ across][0]);
-    __syncwarp();
-    return other;
-}
