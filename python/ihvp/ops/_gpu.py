@@ -26,7 +26,7 @@ T = TypeVar("T")
 RECORD = Path(__file__).with_name("proven.json")
 MISSING = {
     "triton": "triton is not installed; torch's CUDA builds bring it, or: pip install triton",
-    "cuda": "this build of ihvp has no CUDA kernels: nvcc was not found when it was built",
+    "cuda": "this build of ihvp has no CUDA kernels: no nvcc of 12.5 or newer was found when it was built",
 }
 
 
