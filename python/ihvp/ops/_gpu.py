@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
@@ -24,8 +25,9 @@ WORKSPACE = 1 << 28  # bytes that a call takes at most, unless a single example 
 T = TypeVar("T")
 
 RECORD = Path(__file__).with_name("proven.json")
+LEAST_TRITON = (3, 4)  # the first with tensor descriptors
 MISSING = {
-    "triton": "triton is not installed; torch's CUDA builds bring it, or: pip install triton",
+    "triton": "triton is not installed, or older than 3.4; torch's CUDA builds bring it, or: pip install triton",
     "cuda": "this build of ihvp has no CUDA kernels: no nvcc of 12.5 or newer was found when it was built",
 }
 
@@ -54,8 +56,16 @@ class Lazy:
 
 @functools.cache
 def installed(implementation: str) -> bool:
-    """Whether the package or extension that the implementation needs is there; it is not imported."""
-    return importlib.util.find_spec("triton" if implementation == "triton" else "ihvp._cuda") is not None
+    """Whether the package or extension that the implementation needs is there, and new enough."""
+    if implementation == "cuda":
+        return importlib.util.find_spec("ihvp._cuda") is not None
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # under another name, as torch's nightly builds bring it
+        version = str(importlib.import_module("triton").__version__)
+    return tuple(map(int, version.split(".")[:2])) >= LEAST_TRITON
 
 
 @functools.cache
