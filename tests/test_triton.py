@@ -132,6 +132,24 @@ def test_the_record_names_known_ops_and_implementations() -> None:
                 assert all(re.fullmatch("(small|large|huge) (float32|bfloat16)", kind) for kind in entry["speedup"])
 
 
+def test_the_record_is_what_was_measured() -> None:
+    """The least speed over the reference of each kernel, size and type among the results of that device."""
+    results = Path(__file__).parents[1] / "bench" / "results" / "nvidia-h200.jsonl"
+    measured: dict[tuple[str, str, str], float] = {}
+    for result in map(json.loads, results.read_text().splitlines()):
+        if result["bench"] in ("gpu", "gpu every op"):
+            times, kind = result["milliseconds"], f"{result['size']} {result['dtype']}"
+            for name in set(times) & {"triton", "cuda"}:
+                key, speed = (result["op"], name, kind), round(times["reference"] / times[name], 2)
+                measured[key] = min(measured.get(key, speed), speed)
+    assert measured == {
+        (op, name, kind): speed
+        for op, entries in _gpu.record()["sm_90"].items()
+        for name, entry in entries.items()
+        for kind, speed in entry["speedup"].items()
+    }
+
+
 # --- memory ------------------------------------------------------------------------------------------------------
 
 

@@ -36,7 +36,10 @@ def covariance_update_(C: Tensor, x: Tensor, *, mask: Tensor | None = None, bias
     Returns:
         C. Products are float32 (float64 for float64 x), summed in float32 over at most 2,048 positions and then added
         to C in its own type. The order of the sums is fixed: the same bits for any number of threads.
-        On CUDA devices torch's float32 matmul precision below "highest" rounds operands to TF32's 11 bits, 2^-11 each.
+        Kernels for GPUs sum 512 positions on tensor cores, those sums in float32 for at most 262,144, then in C's type.
+        On CUDA devices torch's float32 matmul precision below "highest" rounds operands to 11 bits, as
+        TF32 does. At "highest" the Triton kernel reads float32 numbers as two of float16: 22 bits down to 2^-18 of
+        the call's largest.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or device, named with what was expected.

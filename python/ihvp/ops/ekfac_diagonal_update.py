@@ -49,7 +49,9 @@ def ekfac_diagonal_update_(
     Returns:
         Lambda. Products and a batch's sums are float32 (float64 for float64 operands), summed over at most 1,024
         positions before they are added to Lambda in its own type. The same bits for any number of threads.
-        On CUDA devices torch's float32 matmul precision below "highest" rounds operands to TF32's 11 bits, 2^-11 each.
+        On CUDA devices torch's float32 matmul precision below "highest" rounds operands to 11 bits, as
+        TF32 does. At "highest" the Triton kernel reads float32 numbers as two of float16: 22 bits down to 2^-18 of
+        their example's largest.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or device, named with what was expected.

@@ -22,7 +22,9 @@ def per_sample_gradient(a: Tensor, delta: Tensor, *, mask: Tensor | None = None,
 
     Returns:
         (N,O,I'), float64 if an operand is, float32 otherwise.
-        On CUDA devices torch's float32 matmul precision below "highest" rounds operands to TF32's 11 bits, 2^-11 each.
+        On CUDA devices torch's float32 matmul precision below "highest" rounds operands to 11 bits, as
+        TF32 does. At "highest" the Triton kernel reads float32 numbers as two of float16: 22 bits down to 2^-18 of
+        their example's largest.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or device, named with what was expected.

@@ -50,7 +50,9 @@ def weighted_ghost_dot(
         (norms) is at most about 1e-5 in float32: 1e-6, or 5e-6 where products of eight-bit pieces serve. Where
         `torch.get_float32_matmul_precision()` is not "highest", torch's default, it may be that of TF32 ("high", about
         1e-4) or of bfloat16 ("medium", about 3e-3).
-        On CUDA devices torch's float32 matmul precision below "highest" rounds operands to TF32's 11 bits, 2^-11 each.
+        On CUDA devices torch's float32 matmul precision below "highest" rounds operands to 11 bits, as
+        TF32 does. At "highest" the Triton kernel reads float32 numbers as two of float16: 22 bits down to 2^-18 of
+        their example's largest.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or device, named with what was expected.

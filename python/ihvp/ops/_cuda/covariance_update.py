@@ -10,7 +10,7 @@ from ihvp.ops._cuda._launch import rows_of, stream_of
 from ihvp.ops._gpu import parts_of, workspace
 
 CHUNK = 512  # positions summed by the tensor cores, which truncate, before a float32 sum takes them
-MOST = 32 * 16 * CHUNK  # positions a call: at most 16 chunks a part, before C takes them
+MOST = 32 * 16 * CHUNK  # positions summed in float32 before C takes them
 
 
 def run(C: Tensor, x: Tensor, mask: Tensor | None, bias: bool) -> None:
