@@ -10,23 +10,32 @@ namespace {
 // Positions summed in T before they are added to C, which may be wider.
 constexpr int64_t chunk_positions = 1024;
 
-// Adds a tile and its mirror image, which a tile of a block on the diagonal holds itself.
-template <class T, class S, int64_t block>
+// Adds a tile and the mirror image of what lies above the squares on the diagonal, which hold their own.
+template <class T, class S, int64_t square>
 struct AddMirrored {
     StoreMatrix<T, S, true> upper, lower;
-    static bool mirrored(int64_t i, int64_t j) { return i / block < j / block; }
+
     IHVP_INLINE void operator()(const Tile<T>& tile, int64_t i, int64_t j) const {
+        constexpr int lanes = Lanes<T>::width;
         upper(tile, i, j);
-        if (mirrored(i, j)) lower(tile, i, j);
+        if (i / square < j / square) return lower(tile, i, j);
+        int64_t own = ((i / square + 1) * square - j) / lanes;
+        if (own >= tile.vectors) return;
+        Tile<T> rest;
+        rest.vectors = tile.vectors - int(own);
+        for (int r = 0; r < tile_rows; ++r) {
+            for (int v = 0; v < rest.vectors; ++v) rest.acc[r][v] = tile.acc[r][own + v];
+        }
+        lower(rest, i, j + own * lanes);
     }
     IHVP_INLINE void fetch(int64_t i, int64_t j) const {
         upper.fetch(i, j);
-        if (mirrored(i, j)) lower.fetch(i, j);
+        if (i / square < j / square) lower.fetch(i, j);
     }
 };
 
-template <class T, class S, int64_t block>
-AddMirrored<T, S, block> add_mirrored(const View& C) {
+template <class T, class S, int64_t square>
+AddMirrored<T, S, square> add_mirrored(const View& C) {
     View mirror = C;
     mirror.stride[0] = C.stride[1];
     mirror.stride[1] = C.stride[0];
@@ -43,14 +52,14 @@ Status update(const View& C, const Rows& rows, int threads) {
     if (!space.allocate()) return Status::out_of_memory;
     E* memory = space.take<E>(Panels<E>::size(most_rows, d));
 
-    auto add = add_mirrored<Sum<E>, S, Panels<E>::width>(C);
+    auto add = add_mirrored<Sum<E>, S, triangle_unit<E>>(C);
     for (int64_t first = 0; first < rows.count; first += chunk_positions) {
         int64_t count = least(chunk_positions, rows.count - first);
         Panels<E> packed{memory, Packed<E>::depth(count), d};
         parallel(threads, ceil_div(packed.depth, own), [&](int64_t task, int) {
             Packed<E>::pack(packed, rows, first, count, task * own, least(packed.depth, (task + 1) * own));
         });
-        product<E, true>(packed, packed, threads, add);
+        product_triangle(packed, threads, add);
     }
     return Status::ok;
 }

@@ -26,13 +26,15 @@ template <class T, class S>
 void add_squares(const View& Lambda, const Left<T>& d, const Panels<T>& x, int64_t positions, int threads) {
     constexpr int64_t W = Panels<T>::width;
     auto add = matrix_target<T, S, true>(Lambda);
-    if (positions == 1) return product<T, false>(d, x, threads, add);  // the panels hold squares
+    if (positions == 1) return product(d, x, threads, add);  // the panels hold squares
     parallel(threads, ceil_div(d.columns, W) * x.count(), [&](int64_t task, int) {
-        int64_t p = task % x.count(), first = task / x.count() * W;
-        for (int64_t i = first; i < least(d.columns, first + W); i += tile_rows) {
+        int64_t p = task % x.count(), first = task / x.count() * W, end = least(d.columns, first + W);
+        const char* next = reinterpret_cast<const char*>(x.at(0, (p + 1) % x.count() * W));
+        int64_t share = W * int64_t(sizeof(T)) * tile_rows / (end - first);
+        for (int64_t i = first; i < end; i += tile_rows) {
             Tile<T> sum = {};
-            for (int64_t k = 0; k < d.depth; k += positions)
-                sum.vectors = multiply<T>(IntoSquares<T>{sum}, d, i, x, p, k, k + positions);
+            for (int64_t k = 0; k < d.depth; k += positions, next += positions * share)
+                sum.vectors = multiply<T>(IntoSquares<T>{sum}, d, i, x, p, k, k + positions, Ahead{next, share});
             add(sum, i, p * W);
         }
     });

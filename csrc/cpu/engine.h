@@ -94,14 +94,15 @@ IHVP_INLINE void multiply(const Target& target, int64_t depth, const T* __restri
     }
 }
 
-// The tile at rows i.. of X's columns and panel p of Y, over the rows k0..k1 of both. Returns its vectors in use.
+// The tile at rows i.. of X's columns and panel p of Y, without its `first` vectors, over the rows k0..k1 of both.
+// Returns its vectors in use.
 template <class T, class X, class Target>
 IHVP_INLINE int multiply(const Target& target, const X& x, int64_t i, const Panels<T>& y, int64_t p, int64_t k0,
-                         int64_t k1, Ahead ahead = {}) {
+                         int64_t k1, Ahead ahead = {}, int64_t first = 0) {
     constexpr int64_t P = Lanes<T>::panel;
     const T* a = x.at(k0, i);
-    const T* b = y.data + (p * y.depth + k0) * P;
-    int64_t vectors = least(tile_vectors, ceil_div(y.columns - p * P, Lanes<T>::width));
+    const T* b = y.data + (p * y.depth + k0) * P + first * Lanes<T>::width;
+    int64_t vectors = least(tile_vectors, ceil_div(y.columns - p * P, Lanes<T>::width)) - first;
     switch (vectors) {
         case 1:
             multiply<T, 1, X::next_k>(target, k1 - k0, a, x.next_column(), b, ahead);
@@ -125,9 +126,9 @@ IHVP_INLINE int multiply(const Target& target, const X& x, int64_t i, const Pane
 // The same as a tile; `more` adds to it.
 template <class T, class X>
 IHVP_INLINE void multiply(Tile<Sum<T>>& tile, const X& x, int64_t i, const Panels<T>& y, int64_t p, int64_t k0,
-                          int64_t k1, bool more = false, Ahead ahead = {}) {
+                          int64_t k1, bool more = false, Ahead ahead = {}, int64_t first = 0) {
     Sum<T>* data = reinterpret_cast<Sum<T>*>(tile.acc);
-    tile.vectors = multiply<T>(Into<Sum<T>>{data, Lanes<T>::panel, more}, x, i, y, p, k0, k1, ahead);
+    tile.vectors = multiply<T>(Into<Sum<T>>{data, Lanes<T>::panel, more}, x, i, y, p, k0, k1, ahead, first);
 }
 
 // Columns of X that a product keeps in the L2 cache, as many bytes for double as for float.
@@ -214,18 +215,42 @@ IHVP_INLINE void product(const X& x, int64_t i0, int64_t i1, const Panels<T>& y,
     }
 }
 
-// All of X^T Y, or the tiles on and above its diagonal, parallel over blocks of X by groups of panels of Y.
-template <class T, bool upper, class X, class Finish>
+// All of X^T Y, parallel over blocks of X by groups of panels of Y.
+template <class T, class X, class Finish>
 void product(const X& x, const Panels<T>& y, int threads, const Finish& finish) {
-    constexpr int64_t W = Panels<T>::width, group = 4;
+    constexpr int64_t group = 4;
     int64_t blocks = ceil_div(x.columns, product_rows<T>), groups = ceil_div(y.count(), group);
     parallel(threads, blocks * groups, [&](int64_t task, int) {
         int64_t first = task / groups * product_rows<T>, end = least(x.columns, first + product_rows<T>);
-        int64_t p0 = task % groups * group, p1 = least(y.count(), p0 + group);
-        if (!upper || end <= p0 * W) {
-            product(x, first, end, y, p0, p1, finish);
-        } else {
-            for (int64_t p = p0; p < p1; ++p) product(x, first, least(end, (p + 1) * W), y, p, p + 1, finish);
+        int64_t p0 = task % groups * group;
+        product(x, first, end, y, p0, least(y.count(), p0 + group), finish);
+    });
+}
+
+// Rows and columns of X^T X whose tiles on the diagonal are whole: squares of so many.
+template <class T>
+constexpr int64_t triangle_unit = tile_rows < Lanes<T>::width ? Lanes<T>::width : tile_rows;
+
+// X^T X on and above its diagonal, parallel over panels by blocks of X, the longest of them first; all of k at a time.
+template <class T, class Finish>
+void product_triangle(const Panels<T>& x, int threads, const Finish& finish) {
+    constexpr int64_t W = Panels<T>::width, lanes = Lanes<T>::width, unit = triangle_unit<T>;
+    constexpr int64_t rows = product_rows<T>, across = rows / W;
+    static_assert(rows % W == 0 && W % unit == 0, "a block is a whole number of panels, a panel of squares");
+    int64_t panels = x.count(), blocks = ceil_div(panels, across);
+    int64_t tasks = blocks * panels - across * blocks * (blocks - 1) / 2;
+    parallel(threads, tasks, [&](int64_t task, int) {
+        int64_t block = 0;  // whose panels are those from its own on
+        for (; task >= panels - block * across; ++block) task -= panels - block * across;
+        int64_t p = panels - 1 - task, first = block * rows, end = least(least(x.columns, first + rows), (p + 1) * W);
+        const char* next = reinterpret_cast<const char*>(x.at(0, (p > block * across ? p - 1 : panels - 1) * W));
+        int64_t share = W * int64_t(sizeof(T)) * tile_rows / (end - first);
+        for (int64_t i = first; i < end; i += tile_rows, next += x.depth * share) {
+            int64_t skipped = most(0, i / unit * unit - p * W) / lanes, j = p * W + skipped * lanes;
+            Tile<Sum<T>> tile;
+            fetch_for(finish, i, j);
+            multiply<T>(tile, x, i, x, p, 0, x.depth, false, Ahead{next, share}, skipped);
+            finish(tile, i, j);
         }
     });
 }

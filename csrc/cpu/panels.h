@@ -86,16 +86,19 @@ void pack_straight(const Panels<T, W>& out, const Rows& in, int64_t first_row, i
     }
     T buffer[block];
     for (int64_t c0 = 0; c0 < out.columns; c0 += block) {
-        int64_t count = least(block, out.columns - c0), whole = count / W * W, begin = first_column + c0;
+        int64_t count = least(block, out.columns - c0), begin = first_column + c0;
+        int64_t lying = most(0, least(count, in.stored - begin));  // all but the bias feature
         for (int64_t k = k0; k < k1; ++k) {
-            const T* row = lying_piece<T>(in, first_row + k, begin, begin + count);
+            const T* row = lying_piece<T>(in, first_row + k, begin, begin + lying);
+            int64_t there = row != nullptr ? lying : count, whole = there / W * W;
             if (row == nullptr) {
                 in.read(buffer, first_row + k, begin, begin + count);
                 row = buffer;
             }
             T* to = out.at(k, c0);
             for (int64_t c = 0; c < whole; c += W, to += out.depth * W) std::memcpy(to, row + c, W * sizeof(T));
-            for (int64_t c = whole; c < count; ++c) *to++ = row[c];
+            for (int64_t c = whole; c < there; ++c) *to++ = row[c];
+            for (int64_t c = there; c < count; ++c) *to++ = 1;
             for (int64_t c = count; c % W != 0; ++c) *to++ = 0;
         }
     }

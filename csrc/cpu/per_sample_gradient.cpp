@@ -27,9 +27,9 @@ Status run(const View& out, const Rows& a, const Rows& delta, int64_t N, int64_t
             pack_straight(x, a, n * positions + t, inner);
             pack_straight(d, delta, n * positions + t, inner);
             if (t == 0) {
-                product<T, false>(d, x, inner, matrix_target<T, T, false>(g));
+                product(d, x, inner, matrix_target<T, T, false>(g));
             } else {
-                product<T, false>(d, x, inner, matrix_target<T, T, true>(g));
+                product(d, x, inner, matrix_target<T, T, true>(g));
             }
         }
     });

@@ -33,16 +33,32 @@ struct Workspace {
     ~Workspace() { return_memory(base); }
 };
 
-// Calls task(index, thread) for every index. Which thread gets which index is not fixed, so a task writes only
-// to what its index or its thread owns. One thread enters no parallel region: a fork after one would hang.
+// Calls task(index, thread) for every index. A thread takes its own share of them first, in order, then what is left of
+// the others': the same thread mostly gets the same index again, and so the memory that it wrote before, which is far
+// from a core in another part of the chip. But which thread gets which index is not fixed, so a task writes only to
+// what its index or its thread owns. One thread enters no parallel region: a fork after one would hang.
 template <class F>
 void parallel(int threads, int64_t count, const F& task) {
 #ifdef _OPENMP
     if (threads > 1 && count > 1) {
+        struct alignas(64) Share {
+            int64_t next, end;
+        };
+        constexpr int64_t most_shares = 64;
+        Share share[most_shares];
+        int64_t shares = least(least(threads, count), most_shares);
+        for (int64_t s = 0; s < shares; ++s) share[s] = {s * count / shares, (s + 1) * count / shares};
 #pragma omp parallel num_threads(threads)
         {
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t i = 0; i < count; ++i) task(i, omp_get_thread_num());
+            int thread = omp_get_thread_num();
+            for (int64_t s = 0; s < shares; ++s) {
+                Share& from = share[(thread + s) % shares];
+                for (;;) {
+                    int64_t i = __atomic_fetch_add(&from.next, 1, __ATOMIC_RELAXED);
+                    if (i >= from.end) break;
+                    task(i, thread);
+                }
+            }
         }
         return;
     }
