@@ -26,7 +26,8 @@ Precision precision_named(const std::string& name) {
     if (name == "bf16x3") return Precision::bf16x3;
     if (name == "bf16") return Precision::bf16;
     if (name == "int8x3") return Precision::int8x3;
-    throw py::value_error("precision must be float32, bf16x3, bf16 or int8x3, got " + name);
+    if (name == "int16") return Precision::int16;
+    throw py::value_error("precision must be float32, bf16x3, bf16, int8x3 or int16, got " + name);
 }
 
 // What a kernel takes for an argument.

@@ -26,6 +26,11 @@ Status weighted_ghost_dot(View, View, View, View, View, View, View, View, bool, 
 int64_t peak_bf16(int64_t, int);
 }  // namespace amx
 #endif
+#ifdef IHVP_HAVE_AVX512VNNI
+namespace avx512vnni {
+Status weighted_ghost_dot(View, View, View, View, View, View, View, View, bool, Precision, int);
+}
+#endif
 #ifdef IHVP_HAVE_AVX512BF16
 namespace avx512bf16 {
 Status covariance_update(View, View, View, bool, int);
@@ -54,11 +59,26 @@ bool avx512_runs() {
 }
 #endif
 
-#ifdef IHVP_HAVE_AVX512BF16
-// AVX-512's kernels, and what bfloat16 dot products add.
-const Kernels* avx512bf16_kernels() {
+#ifdef IHVP_HAVE_AVX512VNNI
+// AVX-512's kernels, and what dot products of 16-bit integers add.
+const Kernels* avx512vnni_kernels() {
     static const Kernels table = [] {
         Kernels own = avx512::kernels;
+        own.isa = "avx512vnni";
+        own.weighted_ghost_dot = avx512vnni::weighted_ghost_dot;
+        return own;
+    }();
+    return &table;
+}
+
+bool avx512vnni_runs() { return avx512_runs() && __builtin_cpu_supports("avx512vnni") != 0; }
+#endif
+
+#ifdef IHVP_HAVE_AVX512BF16
+// Those kernels, and what bfloat16 dot products add.
+const Kernels* avx512bf16_kernels() {
+    static const Kernels table = [] {
+        Kernels own = *avx512vnni_kernels();
         own.isa = "avx512bf16";
         own.covariance_update = avx512bf16::covariance_update;
         own.gradient_dot = avx512bf16::gradient_dot;
@@ -69,7 +89,7 @@ const Kernels* avx512bf16_kernels() {
 
 bool avx512bf16_runs() {
     unsigned a = 0, b = 0, c = 0, d = 0;
-    return avx512_runs() && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << 5)) != 0;
+    return avx512vnni_runs() && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << 5)) != 0;
 }
 #endif
 
@@ -108,6 +128,9 @@ std::vector<Choice> compiled() {
 #ifdef IHVP_HAVE_AVX512BF16
     // Zen 4 does them at twice the rate of float32 multiply-adds, an Intel Xeon with AMX at half of it (measured).
     choices.push_back({avx512bf16_kernels(), avx512bf16_runs(), __builtin_cpu_is("amd") != 0});
+#endif
+#ifdef IHVP_HAVE_AVX512VNNI
+    choices.push_back({avx512vnni_kernels(), avx512vnni_runs()});
 #endif
 #ifdef IHVP_HAVE_AVX512
     choices.push_back({&avx512::kernels, avx512_runs()});

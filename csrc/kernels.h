@@ -9,8 +9,9 @@ namespace ihvp {
 enum class Status : int32_t { ok, out_of_memory };
 
 // What a float32 product may be made of where the processor gains by it: itself, three bfloat16 products, or one;
-// int8x3: three products of eight-bit integers, or bf16x3 where these are not accurate enough.
-enum class Precision : int32_t { float32, bf16x3, bf16, int8x3 };
+// int8x3: three products of eight-bit integers, or bf16x3 where these are not accurate enough; int16: one of 16-bit
+// integers, or float32 where a number is out of their range.
+enum class Precision : int32_t { float32, bf16x3, bf16, int8x3, int16 };
 
 // Which contraction runs first; the cost model of the op decides.
 enum class Order : int32_t { project_first, gradient_first, query_first };

@@ -115,7 +115,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gradient_dot", {"order": "project_first"}, "^order must be .*got project_first"),
     ("gradient_dot", {"order": ""}, "^order must be "),
     ("gradient_dot", {"P": torch.zeros(3, 8)}, r"^P must have shape"),
-    ("weighted_ghost_dot", {"precision": "low"}, "^precision must be float32, bf16x3, bf16 or int8x3, got low"),
+    ("weighted_ghost_dot", {"precision": "low"}, "^precision must be float32, bf16x3, bf16, int8x3 or int16, got low"),
     ("gradient_dot", {"order": "gradient_first", "per_token": True, "out": torch.zeros(3, 5, 4)}, "needs query_first"),
     ("ekfac_diagonal_update", {"order": "query_first"}, "^order must be .*got query_first"),
 ]

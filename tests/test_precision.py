@@ -39,7 +39,7 @@ TOKENS = ("a1", "delta1", "a2", "delta2")
 @pytest.mark.parametrize("noise", (0.0, 0.05, 5.0), ids="noise={}".format)
 @pytest.mark.parametrize(("precision", "limit"), (("highest", 1e-6), ("high", 5e-4), ("medium", 1e-2)))
 def test_weighted_ghost_dot_at_torchs_precisions(isa: str, precision: str, limit: float, noise: float) -> None:
-    """With AMX the residual of a smooth weight goes through bfloat16 products, and a rough weight through float32."""
+    """Narrower products, where they are faster, take the residual of a smooth weight; float32 takes a rough one."""
     given, want = tokens_and_weight(noise)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
@@ -59,15 +59,19 @@ def test_products_of_bfloat16_pieces(isa: str, precision: str, limit: float) -> 
     assert relative_error(by_kernel(given, precision), want) < limit
 
 
+FIXED_POINT = pytest.mark.parametrize("fixed", ("int8x3", "int16"))
+
+
+@FIXED_POINT
 @pytest.mark.parametrize(
     ("O", "I", "N"), ((1, 1, 1), (7, 130, 33), (130, 7, 31), (97, 131, 70), (65, 650, 2100), (600, 1300, 33))
 )
-def test_products_of_eight_bit_pieces(isa: str, O: int, I: int, N: int) -> None:
+def test_products_in_fixed_point(isa: str, O: int, I: int, N: int, fixed: str) -> None:
     """Odd sizes, more k than a block and more examples than a chunk have, a weight larger than an L2 cache."""
     given, want = tokens_and_weight(0.05, O, I, N)
-    got = by_kernel(given, "int8x3")
-    assert relative_error(got, want) < 2e-4  # what kernels.h allows; without tiles it is float32
-    assert torch.equal(by_kernel(given, "int8x3", threads=2), got)
+    got = by_kernel(given, fixed)
+    assert relative_error(got, want) < 2e-4  # what kernels.h allows; without such products it is float32
+    assert torch.equal(by_kernel(given, fixed, threads=2), got)
 
 
 def test_eight_bit_pieces_are_left_where_few_numbers_rule(isa: str) -> None:
@@ -79,13 +83,14 @@ def test_eight_bit_pieces_are_left_where_few_numbers_rule(isa: str) -> None:
     assert relative_error(by_kernel(given, "int8x3"), exact(**given)) < 5e-5  # what kernels.h states of bf16x3
 
 
+@FIXED_POINT
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), 1e25, 1e-33), ids=str)
-def test_numbers_out_of_the_range_of_eight_bit_pieces(isa: str, value: float) -> None:
+def test_numbers_out_of_the_range_of_fixed_point(isa: str, value: float, fixed: str) -> None:
     """They stay where they are: in the row of their example."""
     given, want = tokens_and_weight(0.05)
     given["a2"][17] *= 0
     given["a2"][17, 3] = value
-    got = by_kernel(given, "int8x3")
+    got = by_kernel(given, fixed)
     others = torch.arange(70) != 17
     assert relative_error(got[:, others], want[:, others]) < 2e-4
     exactly = exact(**given)[:, 17]
@@ -93,6 +98,16 @@ def test_numbers_out_of_the_range_of_eight_bit_pieces(isa: str, value: float) ->
         assert relative_error(got[:, 17], exactly) < 2e-4
     else:
         assert not got[:, 17].isfinite().any()
+
+
+@pytest.mark.parametrize("power", (1, 9, 40))
+def test_sums_of_sixteen_bit_integers_stay_in_range(isa: str, power: int) -> None:
+    """Equal factors of one sign, the largest sums that there are, and factors that few numbers rule."""
+    given, _ = tokens_and_weight(0.05, 160, 1500)
+    given = {name: x.abs().clamp(max=1.5) ** power for name, x in given.items()}
+    assert relative_error(by_kernel(given, "int16"), exact(**given)) < 2e-4
+    given = {name: torch.full_like(x, 1.0) for name, x in given.items()}
+    assert relative_error(by_kernel(given, "int16"), exact(**given)) < 2e-4
 
 
 @pytest.mark.parametrize("zero", (False, True))

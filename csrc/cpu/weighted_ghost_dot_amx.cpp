@@ -173,7 +173,8 @@ Status run(const View& out, const Rows& x1, const Rows& y1, const Rows& x2, cons
 Status weighted_ghost_dot(View out, View a1, View delta1, View a2, View delta2, View weight, View mask1, View mask2,
                           bool bias, Precision precision, int threads) {
     bool small = weight.shape[0] * weight.shape[1] < 4096;  // tiles would be mostly padding
-    if (out.dtype == DType::f64 || precision == Precision::float32 || small)
+    bool plain = precision == Precision::float32 || precision == Precision::int16;
+    if (out.dtype == DType::f64 || plain || small)
         return avx512::weighted_ghost_dot(out, a1, delta1, a2, delta2, weight, mask1, mask2, bias, precision, threads);
     Rows x1 = token_rows(a1, mask1, bias), x2 = token_rows(a2, mask2, bias);
     Rows y1 = token_rows(delta1, mask1, false), y2 = token_rows(delta2, mask2, false);

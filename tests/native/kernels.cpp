@@ -15,6 +15,11 @@ namespace ihvp {
 namespace IHVP_ISA {
 extern const Kernels kernels;
 }
+#ifdef IHVP_FIXED_POINT
+namespace IHVP_FIXED_POINT {  // an instruction set of this one kernel
+Status weighted_ghost_dot(View, View, View, View, View, View, View, View, bool, Precision, int);
+}
+#endif
 }  // namespace ihvp
 
 using namespace ihvp;
@@ -91,14 +96,14 @@ struct Case {
 };
 
 void compare(const Case& c, const std::string& kernel, const Array& got, const std::vector<double>& want,
-             int64_t length) {
+             int64_t length, double unit = 1.2e-7) {
     double error = 0, scale = 0;
     for (size_t i = 0; i < want.size(); ++i) {
         double difference = std::fabs(got.read(int64_t(i)) - want[i]);
         error = difference > error || std::isnan(difference) ? difference : error;
         scale = std::max(scale, std::fabs(want[i]));
     }
-    double limit = 16 * (c.wide ? 2.2e-16 : 1.2e-7) * std::sqrt(double(length)) * std::max(scale, 1e-30);
+    double limit = 16 * (c.wide ? 2.2e-16 : unit) * std::sqrt(double(length)) * std::max(scale, 1e-30);
     ++checks;
     if (!(error <= limit)) {
         ++failures;
@@ -297,6 +302,12 @@ void check(const Case& c) {
         kernels.weighted_ghost_dot(weighted.view, a.view, delta.view, a.view, delta.view, Lambda.view, mask, mask,
                                    c.bias, Precision::float32, c.threads);
         compare(c, "weighted_ghost_dot", weighted, want, O + J);
+#ifdef IHVP_FIXED_POINT
+        Array fixed = result({c.N, c.N});
+        IHVP_FIXED_POINT::weighted_ghost_dot(fixed.view, a.view, delta.view, a.view, delta.view, Lambda.view, mask,
+                                             mask, c.bias, Precision::int16, c.threads);
+        compare(c, "weighted_ghost_dot in fixed point", fixed, want, O + J, 1e-5);
+#endif
     }
 
     // kfac_solve: (G (x) A) applied to the answer gives V back.

@@ -47,7 +47,7 @@ def weighted_ghost_dot(
 
     Returns:
         (M,N), float64 if an operand is, float32 otherwise. The same bits for any number of threads. The relative error
-        (norms) is at most about 1e-5 in float32: 1e-6, or 5e-6 where products of eight-bit pieces serve. Where
+        (norms) is at most about 1e-5 in float32: 1e-6, or 5e-6 where fixed point serves. Where
         `torch.get_float32_matmul_precision()` is not "highest", torch's default, it may be that of TF32 ("high", about
         1e-4) or of bfloat16 ("medium", about 3e-3).
         On CUDA devices torch's float32 matmul precision below "highest" rounds operands to 11 bits, as
@@ -116,30 +116,30 @@ def native(
     out = fake(a1, delta1, a2, delta2, weight, mask1, mask2, bias)
     if weight.numel() == 0:
         return out.zero_()
-    run = _native.weighted_ghost_dot
-    threads = torch.get_num_threads()
-    if out.dtype == torch.float32 and _native.isa() == "amx" and weight.numel() >= TILED and out.numel() >= TILED:
+    run, threads = _native.weighted_ghost_dot, torch.get_num_threads()
+    if out.dtype == torch.float32 and _native.isa() in NARROW and weight.numel() >= TILED and out.numel() >= TILED:
         split = split_weight(weight)
         if split is not None:
             x1, d1 = read_tokens(a1, mask1, bias, out.dtype), read_tokens(delta1, mask1, False, out.dtype)
             x2, d2 = read_tokens(a2, mask2, bias, out.dtype), read_tokens(delta2, mask2, False, out.dtype)
-            precision = "bf16x3" if torch.get_float32_matmul_precision() == "highest" else "bf16"
-            if precision == "bf16x3" and split.share <= FIXED_POINT_SHARE and min(weight.shape) > FIXED_POINT_SIDE:
-                balanced = _balanced(split, *(x[:, 0] for x in (x1, d1, x2, d2)))
-                if balanced is not None:
-                    split, precision = balanced, "int8x3"
-            x1, d1 = x1 * split.columns, d1 * split.rows
-            run(out, x1, d1, x2, d2, split.residual, None, None, False, precision, threads)
-            return out.add_(_low_rank(x1[:, 0], d1[:, 0], x2[:, 0], d2[:, 0], split))
+            scaled, precision = _narrow(split, x1[:, 0], d1[:, 0], x2[:, 0], d2[:, 0])
+            if precision != "float32":
+                x1, d1 = x1 * scaled.columns, d1 * scaled.rows
+                run(out, x1, d1, x2, d2, scaled.residual, None, None, False, precision, threads)
+                narrow = float(out.norm())
+                out.add_(_low_rank(x1[:, 0], d1[:, 0], x2[:, 0], d2[:, 0], scaled))
+                if precision != "int16" or not narrow > _borne() * float(out.norm()):
+                    return out
     run(out, a1, delta1, a2, delta2, weight, mask1, mask2, bias, "float32", threads)
     return out
 
 
+NARROW = ("amx", "avx512bf16", "avx512vnni")  # instruction sets on which narrower numbers are faster
 TILED = 4096  # elements of the weight and of the result from which tiles pay
 MOST_RANK = 8  # of the smooth part
 SMALL_SHARE, MOST_SHARE = 0.04, 0.1  # of the residual in the weight: wanted, and borne by bfloat16 pieces
-FIXED_POINT_SHARE = 0.05  # of the residual in the weight, up to which eight-bit pieces are accurate to 1e-5
-FIXED_POINT_SIDE = 256  # of the weight, beyond which they pay
+FIXED_POINT_SHARE = 0.05  # of the residual in the weight, up to which fixed point is accurate to 1e-5
+FIXED_POINT_SIDE = {"int8x3": 257, "int16": 128}  # of the weight, from which it pays
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class SplitWeight:
 
     1 / (Lambda + damping) follows the eigenvalues of G and A up to the noise of a finite sample: scaled by its rows'
     and columns' geometric means and without a few singular directions it is a few per cent of itself, and so is the
-    error of computing with it in bfloat16 products.
+    error of computing with it in narrower numbers.
     """
 
     rows: Tensor  # (O,)
@@ -204,6 +204,23 @@ def _split(weight: Tensor) -> SplitWeight | None:
         return None
     rows, columns, left, right = (x.float() for x in (rows, columns, left, right))
     return SplitWeight(rows, columns, left, right, residual, energies, share)
+
+
+def _borne() -> float:
+    """Norm of what 16-bit integers may give of a result, with a relative error of 1e-4 in it."""
+    return 0.1 if torch.get_float32_matmul_precision() == "highest" else 1.0
+
+
+def _narrow(split: SplitWeight, x1: Tensor, d1: Tensor, x2: Tensor, d2: Tensor) -> tuple[SplitWeight, str]:
+    """How the residual is multiplied, and the split scaled for that. "float32": as a part of the whole weight."""
+    tiles, highest = _native.isa() == "amx", torch.get_float32_matmul_precision() == "highest"
+    if tiles and not highest:
+        return split, "bf16"
+    fixed, wide = ("int8x3", "bf16x3") if tiles else ("int16", "float32")
+    small = split.share <= FIXED_POINT_SHARE or not highest
+    pays = min(split.residual.shape) >= FIXED_POINT_SIDE[fixed] and (tiles or min(len(x1), len(x2)) > 1)
+    balanced = _balanced(split, x1, d1, x2, d2) if small and pays else None
+    return (split, wide) if balanced is None else (balanced, fixed)
 
 
 def _balanced(split: SplitWeight, x1: Tensor, d1: Tensor, x2: Tensor, d2: Tensor) -> SplitWeight | None:
