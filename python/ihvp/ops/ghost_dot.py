@@ -121,7 +121,7 @@ def candidates(
             2 * M * T1 * p + blocks * dots.flops,
             item * M * p + blocks * dots.bytes,
             item * step * p + dots.workspace,
-            packing(M * T1 * (O + I) + 2 * M * p) + short(2 * M * T1 * p, T1) + blocks * dots.overhead,
+            packing(M * T1 * (O + I) + 1.5 * M * p) + short(2 * M * T1 * p, T1) + blocks * dots.overhead,
         ),
     ]
 

@@ -95,7 +95,9 @@ def candidates(
         2 * Q * rows * O * padded(I, 16),
         item * Q * p * passes + tokens,
         item * (chunk * (O + I + Q) + O * 192),
-        packing(0.3 * Q * p * passes + M * (O + I)) + short(2 * Q * rows * p, O),  # P is packed between the tiles
+        packing(0.3 * Q * p * passes + 0.6 * M * (O + I))  # P is packed between the tiles
+        + short(2 * Q * rows * p, O)
+        + 2e5 * Q,  # each is begun anew
     )
     pairs = padded(Q * min(O, I), 8) * padded(M, 16)
     low_rank = Candidate(
@@ -103,7 +105,7 @@ def candidates(
         2 * pairs * (O + I),
         item * Q * p + tokens,
         item * 1024 * (O + I),
-        packing(Q * p + M * (O + I)) + segments(pairs) + 2e6,  # the unit matrix
+        packing(Q * p + 0.6 * M * (O + I)) + segments(pairs) + 2e6,  # the unit matrix
     )
     if per_token:
         return [query, low_rank]
@@ -119,9 +121,9 @@ def candidates(
         products + dots,
         item * Q * p * passes + tokens,
         item * outputs * inputs * examples,
-        packing(0.7 * M * (O + I) + again / 2 + Q * p * passes / 8)
+        packing(0.6 * M * (O + I) + again / 2 + Q * p * passes / 8)
         + short(products, T)
-        + 0.8 * dots,  # they wait for P
+        + 0.6 * dots,  # they wait for P
     )
     return [query, gradient, low_rank]
 

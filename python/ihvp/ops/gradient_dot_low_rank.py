@@ -94,7 +94,7 @@ def candidates(
     item = 8 if compute_dtype(L, R, a, delta) == torch.float64 else 4
     tokens = item * N * T * (O + I)
     pairs = padded(Q * r, 8) * padded(N * T, 16)
-    overhead = packing(tokens / item) + segments(pairs)
+    overhead = packing(0.6 * tokens / item) + segments(pairs)
     low = Candidate("low_rank", 2 * pairs * (O + I), tokens, item * 1024 * (O + I), overhead)
     if Q * O * I > 2**26:  # P would take more than its worth of memory
         return [low]
