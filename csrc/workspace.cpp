@@ -32,7 +32,7 @@ void* borrow_memory(size_t size) noexcept {
     void* memory = nullptr;
     if (total < size || posix_memalign(&memory, large ? huge_page : page, total) != 0) return nullptr;
 #ifdef MADV_HUGEPAGE
-    if (large) madvise(memory, total, MADV_HUGEPAGE);  // advice: it may be refused
+    if (large) madvise(memory, total / huge_page * huge_page, MADV_HUGEPAGE);  // whole ones; it may be refused
 #endif
     block = static_cast<char*>(memory);
     capacity(block) = total - line;
