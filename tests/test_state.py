@@ -12,6 +12,7 @@ import ihvp.methods.base
 import pytest
 import torch
 from ihvp import EKFACIHVP, Batch, InfluenceModel
+from ihvp.methods import kronecker
 from method_cases import DAMPING, FITTED, SAMPLING, same
 from nets import F32, METHODS, assert_near, batches, cross_entropy, plain, random_vectors, tokens
 from torch import Tensor, nn
@@ -34,6 +35,40 @@ def test_a_saved_object_solves_bitwise_the_same(method: str, tmp_path: Path) -> 
     assert same(loaded.compute_ihvp(data.tests), curvature.compute_ihvp(data.tests))
     assert same(loaded.state_dict(), curvature.state_dict())
     assert loaded._config() == curvature._config()
+
+
+class Siblings(nn.Module):
+    """Three layers that read one input, and one whose output gradients are those of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(4, 3) for _ in range(3))
+        self.single = nn.Linear(1, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q(x) * torch.tanh(self.k(x)) + self.v(x) + self.single(x[:, :1])
+
+
+@pytest.mark.parametrize("method", ("kfac none", "ekfac"))
+def test_equal_moments_are_diagonalised_once(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = InfluenceModel(Siblings(), cross_entropy, progress=False)
+    data = torch.randn(9, 4), torch.randint(3, (9,))
+    names: list[str] = []
+    plainly = kronecker.symmetric_eigen
+
+    def counted(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
+        names.append(what)
+        return plainly(matrix, what)
+
+    monkeypatch.setattr(kronecker, "symmetric_eigen", counted)
+    curvature = METHODS[method](model, [data])
+    assert len(names) == 5  # A of q, k and v, A of single; G of q, of k, and of v and single
+    for name, (U_A, U_G) in curvature.evecs.items():
+        A, G = curvature.kfac_blocks[name]
+        for U, M in ((U_A.double(), A), (U_G.double(), G)):
+            assert_near(U @ (U.T @ M @ U).diagonal().diag() @ U.T, M, 1e-5)
+    curvature.save(tmp_path / "file")
+    assert same(ihvp.load(tmp_path / "file", model).state_dict(), curvature.state_dict())
 
 
 def test_a_bare_layer_as_net_can_be_saved(tmp_path: Path) -> None:

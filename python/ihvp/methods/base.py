@@ -190,6 +190,8 @@ class IHVP(ABC):
             "layers": json.dumps(layers),
         }
         state = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
+        owners = {x.data_ptr(): name for name, x in state.items()}  # a file has no tensors that share memory
+        state = {name: x if owners[x.data_ptr()] == name else x.clone() for name, x in state.items()}
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
         try:
             temporary.touch()

@@ -132,11 +132,25 @@ def sum_covariances(model: InfluenceModel, loader: Iterable[Any], fisher: str, s
 
 
 def eigendecompose(model: InfluenceModel, sums: dict[str, CovarianceSums]) -> dict[str, Eigen]:
+    """Layers that read the same input, as a transformer's queries, keys and values do, have the same sum to the bit:
+    it is diagonalised once."""
+    known: dict[tuple[int, int, float], list[tuple[Tensor, tuple[Tensor, Tensor]]]] = {}
+
+    def eigen_of(total: Tensor, matrix: Tensor, count: int, what: str) -> tuple[Tensor, Tensor]:
+        alike = known.setdefault((len(total), count, float(total.trace())), [])
+        for other, found in alike:
+            if torch.equal(total, other):
+                return found
+        values, vectors = symmetric_eigen(matrix, what)
+        alike.append((total, (values, vectors.to(model.dtype))))
+        return alike[-1][1]
+
     eigen = {}
     for name, own in sums.items():
-        values_A, U_A = symmetric_eigen(own.A, f"layer {name!r}: the activation second moment A")
-        values_G, U_G = symmetric_eigen(own.G, f"layer {name!r}: the gradient second moment G")
-        eigen[name] = Eigen(values_A, values_G, U_A.to(model.dtype), U_G.to(model.dtype))
+        A, G = f"layer {name!r}: the activation second moment A", f"layer {name!r}: the gradient second moment G"
+        values_A, U_A = eigen_of(own.sum_A, own.A, own.positions, A)
+        values_G, U_G = eigen_of(own.sum_G, own.G, own.examples, G)
+        eigen[name] = Eigen(values_A, values_G, U_A, U_G)
     return eigen
 
 
