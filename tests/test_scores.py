@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from dense_problem import DAMPING, Dense
-from ihvp import EKFACIHVP, Batch, FirstOrderInfluenceCalculator, InfluenceModel
+from ihvp import EKFACIHVP, Batch, FirstOrderInfluenceCalculator, InfluenceModel, ops
 from nets import (
     F64,
     METHODS,
     PROBLEMS,
+    Problem,
     assert_near,
     batches,
     cross_entropy,
@@ -33,6 +34,20 @@ def test_scores_and_self_scores(method: str, problem: str) -> None:
     crossed = dense.calculator.scores(dense.train, dense.train)
     assert_near(crossed, crossed.T)
     assert_near(dense.calculator.self_scores(dense.train), crossed.diagonal())
+
+
+@pytest.mark.parametrize("method", ["kfac none", "ekfac"])
+def test_queries_of_few_positions_are_rotated_as_tokens(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(4)
+    net = nn.Sequential(nn.Linear(9, 12), nn.Tanh(), nn.Linear(12, 8)).double()
+
+    def data(N: int, T: int) -> Batch:
+        x, targets = torch.randn(N, T, 9, dtype=F64), torch.randint(8, (N, T))
+        return Batch(args=(x,), targets=targets, mask=torch.arange(T) < torch.randint(1, T + 1, (N, 1)))
+
+    dense = Dense(Problem(net, cross_entropy, data(11, 3), (data(2, 2), data(3, 3))), method)
+    monkeypatch.delattr(ops, "ekfac_solve")
+    assert_near(dense.calculator.scores(dense.data.tests), dense.scores)
 
 
 @pytest.mark.parametrize("normalize", [True, "theta", "loss"])

@@ -19,13 +19,18 @@ def eigenbasis_queries(
     Lambda: Tensor,
     damping: float,
 ) -> LayerQueries:
-    """One position an example: tokens in the eigenbasis. More: P itself, solved."""
-    if a.shape[1] == 1:
-        x = ops.eigenbasis_project(a, U_A, mask=mask, bias=layer.bias)[:, 0]
-        d = ops.eigenbasis_project(delta, U_G, mask=mask)[:, 0]
-        return EigenbasisQueries(x, d, Eigenbasis(U_A, U_G, 1 / (Lambda + damping)))
-    g = ops.per_sample_gradient(a, delta, mask=mask, bias=layer.bias)
-    return DenseQueries(ops.ekfac_solve(g, U_A, U_G, Lambda, damping))
+    """One position an example: tokens in the eigenbasis. More: P itself, solved; of few positions the tokens go into
+    the eigenbasis instead of the gradients, where that is half the work or less."""
+    T, (O, I) = a.shape[1], layer.shape
+    if T > 1 and 2 * T * (O * O + I * I) > O * I * (O + I):
+        g = ops.per_sample_gradient(a, delta, mask=mask, bias=layer.bias)
+        return DenseQueries(ops.ekfac_solve(g, U_A, U_G, Lambda, damping))
+    x = ops.eigenbasis_project(a, U_A, mask=mask, bias=layer.bias)
+    d = ops.eigenbasis_project(delta, U_G, mask=mask)
+    if T == 1:
+        return EigenbasisQueries(x[:, 0], d[:, 0], Eigenbasis(U_A, U_G, 1 / (Lambda + damping)))
+    rotated = ops.per_sample_gradient(x, d).div_(Lambda + damping)
+    return DenseQueries(ops.eigenbasis_rotate(rotated, U_A, U_G, inverse=True))
 
 
 def eigenbasis_quadratic(
