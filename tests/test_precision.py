@@ -84,7 +84,7 @@ def test_eight_bit_pieces_are_left_where_few_numbers_rule(isa: str) -> None:
 
 
 @FIXED_POINT
-@pytest.mark.parametrize("value", (float("nan"), float("inf"), 1e25, 1e-33), ids=str)
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), 1e25, 1e-18, 1e-33), ids=str)
 def test_numbers_out_of_the_range_of_fixed_point(isa: str, value: float, fixed: str) -> None:
     """They stay where they are: in the row of their example."""
     given, want = tokens_and_weight(0.05)

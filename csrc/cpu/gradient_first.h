@@ -21,8 +21,8 @@ struct Group {
 // The dot tile: queries x examples, vectors along the parameters. Its sums stay vectors until the very end.
 constexpr int dot_queries = tile_rows >= 8 ? 4 : 2;
 constexpr int dot_examples = tile_rows >= 8 ? 6 : 4;
-constexpr int64_t block_side = 192;  // of a square block of g
-constexpr int64_t dot_length = 768;  // elements of a block that a dot tile takes at a time
+constexpr int64_t block_side = 192;   // of a square block of g
+constexpr int64_t dot_length = 1536;  // elements of a block that a dot tile takes at a time
 
 // The same rows of `count` queries or examples: `next` elements from one of them to the other.
 template <class T>

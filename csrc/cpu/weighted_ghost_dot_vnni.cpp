@@ -4,7 +4,7 @@
 // 2^-15.5 of their norm in the block, q = round(v / unit), so that by Cauchy and Schwarz no sum of q_v q_w leaves 32
 // bits:
 //     sum_i v w ~ sum over blocks unit_v unit_w (sum_i q_v q_w)      relative error, of norms, about 1e-4
-// Where a number is not finite, or too large or too small to be squared, nothing is computed here, but all in float32.
+// Where a number is not finite, or a block is next to nothing, nothing is computed here, but all in float32.
 #include "engine.h"
 #include <immintrin.h>
 
@@ -44,7 +44,7 @@ struct Blocks {
 };
 
 // The units in which a block of a panel's columns fits, by its norms and its largest entries; 0 for zeros alone.
-// row(k, v): a vector of row k. False where an entry is not finite, or squares leave the range of float.
+// row(k, v): a vector of row k. False where an entry is not finite, or all are next to nothing.
 template <class Row>
 IHVP_INLINE bool find_units(float* unit, int64_t k0, int64_t k1, const Row& row) {
     __m512 largest[vectors] = {}, squares[vectors] = {};
@@ -55,15 +55,21 @@ IHVP_INLINE bool find_units(float* unit, int64_t k0, int64_t k1, const Row& row)
             squares[v] = _mm512_fmadd_ps(x, x, squares[v]);
         }
     }
+    auto between = [](__m512 x, float low, float high) {
+        return __mmask16(_mm512_cmp_ps_mask(x, _mm512_set1_ps(low), _CMP_GT_OQ) &
+                         _mm512_cmp_ps_mask(x, _mm512_set1_ps(high), _CMP_LT_OQ));
+    };
     bool readable = true;
     for (int v = 0; v < vectors; ++v) {
-        __m512 by_norm = _mm512_sqrt_ps(squares[v]) * _mm512_set1_ps(1 / most_norm);
-        _mm512_storeu_ps(unit + v * 16, _mm512_max_ps(by_norm, largest[v] * _mm512_set1_ps(1 / most_entry)));
-        __mmask16 zero = _mm512_cmp_ps_mask(largest[v], _mm512_setzero_ps(), _CMP_EQ_OQ) &
-                         _mm512_cmp_ps_mask(squares[v], _mm512_setzero_ps(), _CMP_EQ_OQ);  // NaN shows here alone
-        __mmask16 fits = _mm512_cmp_ps_mask(squares[v], _mm512_set1_ps(1e-30f), _CMP_GT_OQ) &
-                         _mm512_cmp_ps_mask(squares[v], _mm512_set1_ps(1e30f), _CMP_LT_OQ);
-        readable = readable && (zero | fits) == 0xffff;
+        constexpr float least_square = 1e-30f, most_square = 1e30f, root = 11.4f;
+        static_assert(root * root > 2 * block_pairs, "no norm is more than that many times the largest entry");
+        __m512 norm = _mm512_mask_sqrt_ps(largest[v] * _mm512_set1_ps(root),
+                                          between(squares[v], least_square, most_square), squares[v]);
+        __m512 by_norm = norm * _mm512_set1_ps(1 / most_norm), by_entry = largest[v] * _mm512_set1_ps(1 / most_entry);
+        _mm512_storeu_ps(unit + v * 16, _mm512_max_ps(by_norm, by_entry));
+        __mmask16 number = _mm512_cmp_ps_mask(squares[v], squares[v], _CMP_ORD_Q);  // max drops a NaN, a sum does not
+        __mmask16 zero = _mm512_cmp_ps_mask(largest[v], _mm512_setzero_ps(), _CMP_EQ_OQ);
+        readable = readable && (number & (zero | between(largest[v], 1e-30f, 1e30f))) == 0xffff;
     }
     return readable;
 }
