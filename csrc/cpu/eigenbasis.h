@@ -87,11 +87,10 @@ void multiply_basis(const Rows& x, int64_t first, int64_t count, const Basis<T>&
         Left<T> left{scratch, basis.d, count};
         pack_transposed(left, x, first, threads);
         T* memory = scratch + Left<T>::size(basis.d, count);
-        int64_t panels = ceil_div(basis.d, W), tasks = threads > 1 ? 2 * threads : 1;
-        int64_t columns = ceil_div(panels, tasks) * W;
-        parallel(threads, ceil_div(basis.d, columns), [&](int64_t task, int thread) {
-            product_packing(left, 0, count, basis.U, task * columns, least(basis.d, (task + 1) * columns),
-                            memory + thread * 2 * Panels<T>::size(basis.d, W), finish);
+        int64_t panels = ceil_div(basis.d, W), tasks = least(panels, threads > 1 ? 2 * threads : 1);
+        parallel(threads, tasks, [&](int64_t task, int thread) {
+            int64_t c0 = task * panels / tasks * W, c1 = least(basis.d, (task + 1) * panels / tasks * W);
+            product_packing(left, 0, count, basis.U, c0, c1, memory + thread * 2 * Panels<T>::size(basis.d, W), finish);
         });
         return;
     }
