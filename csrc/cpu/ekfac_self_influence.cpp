@@ -9,6 +9,7 @@ namespace IHVP_ISA {
 namespace {
 
 constexpr int64_t chunk_positions = 768;
+constexpr int64_t most_rows = 96;  // examples of a task at T = 1: a panel of the weight serves them all
 
 // W with k = o, its padding zero: rows as well, up to `depth`.
 template <class T>
@@ -75,18 +76,19 @@ Status run(const View& out, const Rows& a, const Rows& delta, int64_t N, int64_t
             Left<T> d{memory_d, O, count};
             project<T, true>(x, a, first, basis_A, scratch, threads);
             project_features<T, true>(d, delta, first, basis_G, scratch, threads);
-            parallel(threads, ceil_div(count, tile_rows), [&](int64_t block, int) {
-                int64_t i = block * tile_rows;
-                int rows = int(least(tile_rows, count - i));
-                Vec<T> sums[tile_rows] = {};
-                product(d, i, i + rows, weight, 0, weight.count(), [&](const Tile<T>& tile, int64_t, int64_t j) {
-                    for (int r = 0; r < rows; ++r) {
-                        const T* squares = x.at(i + r, j);
+            int64_t share = ceil_div(ceil_div(count, 2 * threads), tile_rows) * tile_rows,
+                    own = least(most_rows, share);
+            parallel(threads, ceil_div(count, own), [&](int64_t block, int) {
+                int64_t i0 = block * own, i1 = least(count, i0 + own);
+                Vec<T> sums[most_rows] = {};
+                product(d, i0, i1, weight, 0, weight.count(), [&](const Tile<T>& tile, int64_t i, int64_t j) {
+                    for (int64_t n = i; n < least(i1, i + tile_rows); ++n) {
+                        const T* squares = x.at(n, j);
                         for (int v = 0; v < tile.vectors; ++v)
-                            sums[r] += tile.acc[r][v] * load(squares + v * Lanes<T>::width);
+                            sums[n - i0] += tile.acc[n - i][v] * load(squares + v * Lanes<T>::width);
                     }
                 });
-                for (int r = 0; r < rows; ++r) result[(first + i + r) * out.stride[0]] = sum_lanes<T>(sums[r]);
+                for (int64_t n = i0; n < i1; ++n) result[(first + n) * out.stride[0]] = sum_lanes<T>(sums[n - i0]);
             });
         } else {
             Left<T> d{memory_d, count * positions, O};
