@@ -23,6 +23,7 @@ constexpr int dot_queries = tile_rows >= 8 ? 4 : 2;
 constexpr int dot_examples = tile_rows >= 8 ? 6 : 4;
 constexpr int64_t block_side = 192;   // of a square block of g
 constexpr int64_t dot_length = 1536;  // elements of a block that a dot tile takes at a time
+constexpr int64_t apart = 160;        // elements between blocks: a tile's examples lie in other sets of the L1 cache
 
 // The same rows of `count` queries or examples: `next` elements from one of them to the other.
 template <class T>
@@ -264,7 +265,7 @@ Status gradient_first(const View& out, const Group& group, int threads) {
     int64_t Q = group.P[0].shape[0], N = group.a[0].shape[0], positions = group.a[0].shape[1];
     int64_t most_chunks = ceil_div(most(N, 1), dot_examples);
     BlockShape blocks = shape_blocks(group, Q, positions, most_chunks);
-    int64_t parts = least(blocks.count, most_parts), size = blocks.outputs * blocks.inputs;
+    int64_t parts = least(blocks.count, most_parts), size = blocks.outputs * blocks.inputs + apart;
     // Where the blocks are few, chunks of fewer examples are taken at the same time.
     int64_t chunks = least(ceil_div(most_parts, most(parts, 1)), most_chunks);
     int64_t equal = chunk_of_examples(N, 1, most(dot_examples, most_examples / chunks));

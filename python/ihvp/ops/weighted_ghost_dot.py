@@ -126,9 +126,9 @@ def native(
             if precision != "float32":
                 x1, d1 = x1 * scaled.columns, d1 * scaled.rows
                 run(out, x1, d1, x2, d2, scaled.residual, None, None, False, precision, threads)
-                narrow = float(out.norm())
+                given = float(out.norm())
                 out.add_(_low_rank(x1[:, 0], d1[:, 0], x2[:, 0], d2[:, 0], scaled))
-                if precision != "int16" or not narrow > _borne() * float(out.norm()):
+                if precision != "int16" or not given > _most_given() * float(out.norm()):
                     return out
     run(out, a1, delta1, a2, delta2, weight, mask1, mask2, bias, "float32", threads)
     return out
@@ -206,8 +206,8 @@ def _split(weight: Tensor) -> SplitWeight | None:
     return SplitWeight(rows, columns, left, right, residual, energies, share)
 
 
-def _borne() -> float:
-    """Norm of what 16-bit integers may give of a result, with a relative error of 1e-4 in it."""
+def _most_given() -> float:
+    """What 16-bit integers may give of a result's norm: there is a relative error of 1e-4 in it."""
     return 0.1 if torch.get_float32_matmul_precision() == "highest" else 1.0
 
 
