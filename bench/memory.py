@@ -1,4 +1,4 @@
-"""Extra memory of the fused ops: the peak resident size above operands and result, each call in a process of its own.
+"""Extra memory of the fused ops: the peak resident size above operands, result and code, each call in its own process.
 
 "Independent of N" means less than one tile of O I numbers more at `growth` times the examples; "below three tiles"
 counts tiles of O I numbers in the op's type, for each thread.
