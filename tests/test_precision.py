@@ -70,7 +70,7 @@ def test_products_in_fixed_point(isa: str, O: int, I: int, N: int, fixed: str) -
     """Odd sizes, more k than a block and more examples than a chunk have, a weight larger than an L2 cache."""
     given, want = tokens_and_weight(0.05, O, I, N)
     got = by_kernel(given, fixed)
-    assert relative_error(got, want) < 2e-4  # what kernels.h allows; without such products it is float32
+    assert relative_error(got, want) < 2e-4  # the tolerance of int8x3, twice the error of int16
     assert torch.equal(by_kernel(given, fixed, threads=2), got)
 
 

@@ -306,7 +306,7 @@ void check(const Case& c) {
         Array fixed = result({c.N, c.N});
         IHVP_FIXED_POINT::weighted_ghost_dot(fixed.view, a.view, delta.view, a.view, delta.view, Lambda.view, mask,
                                              mask, c.bias, Precision::int16, c.threads);
-        compare(c, "weighted_ghost_dot in fixed point", fixed, want, O + J, 1e-5);
+        compare(c, "weighted_ghost_dot in fixed point", fixed, want, O + J, 3e-6);  // its error is 1e-4 of a norm
 #endif
     }
 

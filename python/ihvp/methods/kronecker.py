@@ -41,11 +41,15 @@ class CovarianceSums:
 
     @property
     def A(self) -> Tensor:
-        return self.sum_A / max(self.positions, 1)
+        return moment(self.sum_A, self.positions)
 
     @property
     def G(self) -> Tensor:
-        return self.sum_G / max(self.examples, 1)
+        return moment(self.sum_G, self.examples)
+
+
+def moment(total: Tensor, count: int) -> Tensor:
+    return total / max(count, 1)
 
 
 @dataclass(frozen=True)
@@ -136,20 +140,20 @@ def eigendecompose(model: InfluenceModel, sums: dict[str, CovarianceSums]) -> di
     it is diagonalised once."""
     known: dict[tuple[int, int, float], list[tuple[Tensor, tuple[Tensor, Tensor]]]] = {}
 
-    def eigen_of(total: Tensor, matrix: Tensor, count: int, what: str) -> tuple[Tensor, Tensor]:
+    def eigen_of(total: Tensor, count: int, what: str) -> tuple[Tensor, Tensor]:
         alike = known.setdefault((len(total), count, float(total.trace())), [])
         for other, found in alike:
             if torch.equal(total, other):
                 return found
-        values, vectors = symmetric_eigen(matrix, what)
+        values, vectors = symmetric_eigen(moment(total, count), what)
         alike.append((total, (values, vectors.to(model.dtype))))
         return alike[-1][1]
 
     eigen = {}
     for name, own in sums.items():
         A, G = f"layer {name!r}: the activation second moment A", f"layer {name!r}: the gradient second moment G"
-        values_A, U_A = eigen_of(own.sum_A, own.A, own.positions, A)
-        values_G, U_G = eigen_of(own.sum_G, own.G, own.examples, G)
+        values_A, U_A = eigen_of(own.sum_A, own.positions, A)
+        values_G, U_G = eigen_of(own.sum_G, own.examples, G)
         eigen[name] = Eigen(values_A, values_G, U_A, U_G)
     return eigen
 
