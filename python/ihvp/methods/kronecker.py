@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,18 +26,8 @@ class CovarianceSums:
 
     sum_A: Tensor
     sum_G: Tensor
-    positions: int = 0
-    examples: int = 0
-
-    @staticmethod
-    def zero(layer: Layer, device: torch.device) -> CovarianceSums:
-        A, G = (torch.zeros(d, d, dtype=torch.float64, device=device) for d in reversed(layer.shape))
-        return CovarianceSums(A, G)
-
-    def add(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
-        ops.covariance_update_(self.sum_A, a, mask=mask, bias=layer.bias)
-        ops.covariance_update_(self.sum_G, delta, mask=mask)
-        self.positions += a.shape[0] * a.shape[1] if mask is None else int(mask.sum())
+    positions: int
+    examples: int
 
     @property
     def A(self) -> Tensor:
@@ -107,32 +97,76 @@ def target_generator(fisher: str, seed: int) -> torch.Generator | None:
     return torch.Generator().manual_seed(seed) if fisher == "sampled" else None
 
 
+@dataclass
+class InputGroups:
+    """A sink that hands on together the layers that read one input, one after another, as a transformer's queries, keys
+    and values do: what depends on the input alone is then computed once. `flush` hands on the last of them.
+    """
+
+    take: Callable[[list[tuple[Layer, Tensor]], Tensor, Tensor | None], None]
+    """Receives [(layer, delta), ...], their a and mask; either all layers have a bias or none."""
+    _group: list[tuple[Layer, Tensor]] = field(default_factory=list)
+    _input: tuple[Tensor, Tensor | None] | None = None
+
+    def __call__(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
+        if self._input is not None:
+            known, known_mask = self._input
+            alike = same_memory(known, a) and known_mask is mask and self._group[0][0].bias == layer.bias
+            if not alike:
+                self.flush()
+        self._input = a, mask
+        self._group.append((layer, delta))
+
+    def flush(self) -> None:
+        if self._input is not None:
+            group, (a, mask) = self._group, self._input
+            self._group, self._input = [], None
+            self.take(group, a, mask)
+
+
+def same_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors, both alive, are the same numbers."""
+    return (x.data_ptr(), x.dtype, x.shape, x.stride()) == (y.data_ptr(), y.dtype, y.shape, y.stride())
+
+
 def sum_covariances(model: InfluenceModel, loader: Iterable[Any], fisher: str, seed: int) -> dict[str, CovarianceSums]:
-    """One pass over the data: the sums of every layer."""
-    sums = {name: CovarianceSums.zero(layer, model.device) for name, layer in model.layers.items()}
+    """One pass over the data: the sums of every layer. Layers that always read the same input have one sum of it."""
+    sums_A: dict[tuple[str, ...], Tensor] = {}
+    sums_G = {name: _zeros(layer.shape[0], model.device) for name, layer in model.layers.items()}
+    positions: dict[str, int] = dict.fromkeys(model.layers, 0)
+    examples = 0
     finite = FiniteChecks()
     generator = target_generator(fisher, seed)
-    reached: set[str] = set()
     for index, batch in batches(model, loader, "covariances"):
 
-        def sink(layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None, index: int = index) -> None:
-            own = sums[layer.name]
-            own.add(layer, a, delta, mask)
-            check_finite(
-                finite,
-                layer,
-                index,
-                activation_second_moment=own.sum_A.diagonal(),
-                gradient_second_moment=own.sum_G.diagonal(),
-            )
-            reached.add(layer.name)
+        def take(group: list[tuple[Layer, Tensor]], a: Tensor, mask: Tensor | None, index: int = index) -> None:
+            first, names = group[0][0], tuple(layer.name for layer, _ in group)
+            if names not in sums_A:
+                sums_A[names] = _zeros(first.shape[1], model.device)
+            ops.covariance_update_(sums_A[names], a, mask=mask, bias=first.bias)
+            check_finite(finite, first, index, activation_second_moment=sums_A[names].diagonal())
+            count = a.shape[0] * a.shape[1] if mask is None else int(mask.sum())
+            for layer, delta in group:
+                ops.covariance_update_(sums_G[layer.name], delta, mask=mask)
+                check_finite(finite, layer, index, gradient_second_moment=sums_G[layer.name].diagonal())
+                positions[layer.name] += count
 
-        capture(model, batch, sink, index=index, generator=generator)
+        groups = InputGroups(take)
+        capture(model, batch, groups, index=index, generator=generator)
+        groups.flush()
         finite.finish()
-        for own in sums.values():
-            own.examples += batch.size
-    check_reached(model, reached)
-    return sums
+        examples += batch.size
+    check_reached(model, {name for names in sums_A for name in names})
+
+    def sum_A(name: str) -> Tensor:
+        own = [total for names, total in sums_A.items() if name in names]
+        return own[0] if len(own) == 1 else torch.stack(own).sum(0)
+
+    return {name: CovarianceSums(sum_A(name), sums_G[name], positions[name], examples) for name in model.layers}
+
+
+def _zeros(d: int, device: torch.device) -> Tensor:
+    return torch.zeros(d, d, dtype=torch.float64, device=device)
 
 
 def eigendecompose(model: InfluenceModel, sums: dict[str, CovarianceSums]) -> dict[str, Eigen]:
