@@ -13,6 +13,7 @@ from bench import gpu, gpu_cases, gpu_pipeline, memory, methods, ops, orders, pi
 from bench.settings import SETTINGS
 
 DEVICES = ("cpu", "cuda")
+PRECISIONS = ("highest", "high")
 
 
 def main() -> None:
@@ -24,13 +25,14 @@ def main() -> None:
     command.add_argument("--quick", action="store_true", help="fewer repeats, and kronfluence alone")
     command.add_argument("--output", type=Path, help="append JSON lines to this file")
     command.add_argument(
-        "--precision", choices=("highest", "high"), default="highest", help="torch's float32 matmul precision, for both"
+        "--precision", choices=PRECISIONS, default="highest", help="torch's float32 matmul precision, for both"
     )
     command = commands.add_parser("ops", help="every op against float64, the machine's peak, libraries and the peer")
     command.add_argument("--device", choices=DEVICES, default="cpu", help="cuda: the kernels, as bench gpu does")
     command.add_argument("--quick", action="store_true", help="only what has a goal, fewer samples")
     command.add_argument("--threads", type=int, choices=(1, 2), default=2, help="of the ops; default: %(default)s")
     command.add_argument("--only", default="", metavar="PATTERN", help="cases whose name fits *PATTERN*")
+    command.add_argument("--precision", choices=PRECISIONS, default="highest", help="torch's float32 matmul precision")
     command.add_argument("--output", type=Path, help="append JSON lines to this file")
     command = commands.add_parser("orders", help="the cost model's choice against every order measured")
     command.add_argument("--quick", action="store_true", help="every seventh shape")
@@ -69,6 +71,7 @@ def main() -> None:
     child = commands.add_parser("_memory")
     child.add_argument("threads", type=int)
     child.add_argument("growth", type=int)
+    child.add_argument("precision", choices=PRECISIONS)
     child = commands.add_parser("_method")
     child.add_argument("name")
     child.add_argument("folder", type=Path)
@@ -80,8 +83,8 @@ def main() -> None:
     child.add_argument("precision")
     arguments = parser.parse_args()
     if arguments.command == "ops" and arguments.device == "cuda":
-        if arguments.only or arguments.threads != 2:
-            parser.error("--only and --threads are for the CPU")
+        if arguments.only or arguments.threads != 2 or arguments.precision != "highest":
+            parser.error("--only, --threads and --precision are for the CPU")
         gpu.run(arguments.output, None, False, arguments.quick)
     elif arguments.command == "pipeline" and arguments.device == "cuda":
         if arguments.model or arguments.quick or arguments.precision != "highest":
@@ -90,13 +93,17 @@ def main() -> None:
     elif arguments.command == "small-layers":
         small_layers.run(arguments.output, torch.device(arguments.device), arguments.positions, arguments.quick)
     elif arguments.command == "ops":
-        ops.run(arguments.quick, arguments.threads, arguments.only, arguments.output)
+        ops.run(arguments.quick, arguments.threads, arguments.only, arguments.precision, arguments.output)
     elif arguments.command == "orders":
         orders.run(arguments.quick, arguments.threads, arguments.only, arguments.output)
     elif arguments.command == "report":
         report.run(arguments.file)
     elif arguments.command == "_memory":
-        print(json.dumps(memory.measure_all(json.load(sys.stdin), arguments.threads, arguments.growth)))
+        print(
+            json.dumps(
+                memory.measure_all(json.load(sys.stdin), arguments.threads, arguments.growth, arguments.precision)
+            )
+        )
     elif arguments.command == "pipeline":
         models = [arguments.model] if arguments.model else list(SETTINGS)[: 1 if arguments.quick else None]
         pipeline.run(models, arguments.quick, arguments.output, arguments.precision)

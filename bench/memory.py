@@ -61,8 +61,9 @@ def in_a_child(name: str, examples: int, threads: int) -> int:
     return int(answer)
 
 
-def measure_all(names: list[str], threads: int, growth: int) -> dict[str, list[int]]:
+def measure_all(names: list[str], threads: int, growth: int, precision: str) -> dict[str, list[int]]:
     """Of each line the bytes for N and for growth N examples. The process must not have run a parallel region yet."""
+    torch.set_float32_matmul_precision(precision)
     return {name: [in_a_child(name, times * LINES[name][1], threads) for times in (1, growth)] for name in names}
 
 
@@ -71,6 +72,7 @@ def extra_memory(threads: int, pattern: str, growth: int) -> list[dict[str, Any]
     if not names:
         return []
     command = [sys.executable, "-W", "ignore", "-m", "bench", "_memory", str(threads), str(growth)]
+    command.append(torch.get_float32_matmul_precision())
     done = subprocess.run(command, input=json.dumps(names), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"the measurement of memory failed:\n{done.stdout}\n{done.stderr}")

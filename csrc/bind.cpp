@@ -79,14 +79,17 @@ Sizes check_between(Argument& V, const Argument& right, const Argument& left) {
     return sizes;
 }
 
-void covariance_update(py::handle C_, py::handle x_, py::handle mask_, bool bias, int threads) {
+void covariance_update(py::handle C_, py::handle x_, py::handle mask_, bool bias, const std::string& precision_,
+                       int threads) {
+    Precision precision = precision_named(precision_);
     Argument C("C", C_), x("x", x_), mask("mask", mask_, true);
     x.tokens().floating();
     mask.token_mask(x.view.shape[0], x.view.shape[1]);
     int64_t d = x.view.shape[2] + bias;
     C.shape({d, d}).result({&x, &mask});
     if (x.view.shape[0] * x.view.shape[1] == 0 || d == 0) return;
-    call(threads, x.view.shape[0] * x.view.shape[1] * d * d, kernels->covariance_update, C, x, mask, bias);
+    call(threads, x.view.shape[0] * x.view.shape[1] * d * d, kernels->covariance_update, C, x, mask, bias,
+         precision);
 }
 
 void eigenbasis_project(py::handle out_, py::handle x_, py::handle U_, py::handle mask_, bool bias, int threads) {
@@ -114,10 +117,12 @@ void check_basis(const Argument& U, int64_t d) {
 }
 
 void ekfac_diagonal_update(py::handle Lambda_, py::handle a_, py::handle delta_, py::handle U_A_, py::handle U_G_,
-                           py::handle mask_, bool bias, const std::string& order_, int threads) {
+                           py::handle mask_, bool bias, const std::string& order_, const std::string& precision_,
+                           int threads) {
     Argument Lambda("Lambda", Lambda_), a("a", a_), delta("delta", delta_), U_A("U_A", U_A_, true),
         U_G("U_G", U_G_, true), mask("mask", mask_, true);
     Order order = order_named(order_, "project_first", Order::project_first);
+    Precision precision = precision_named(precision_);
     auto [N, T, I, O] = check_tokens(a, delta, mask, bias);
     check_basis(U_A, I);
     check_basis(U_G, O);
@@ -126,7 +131,7 @@ void ekfac_diagonal_update(py::handle Lambda_, py::handle a_, py::handle delta_,
     if (order == Order::gradient_first && (!U_A.view.data || !U_G.view.data))
         throw py::value_error("gradient_first needs both U_A and U_G");
     call(threads, N * T * (I * I + O * O + O * I), kernels->ekfac_diagonal_update, Lambda, a, delta, U_A, U_G, mask,
-         bias, order);
+         bias, order, precision);
 }
 
 void ekfac_self_influence(py::handle out_, py::handle a_, py::handle delta_, py::handle U_A_, py::handle U_G_,
@@ -174,9 +179,10 @@ void weighted_ghost_dot(py::handle out_, py::handle a1_, py::handle delta1_, py:
 }
 
 void gradient_dot(py::handle out_, py::handle P_, py::handle a_, py::handle delta_, py::handle mask_, bool bias,
-                  bool per_token, const std::string& order_, int threads) {
+                  bool per_token, const std::string& order_, const std::string& precision_, int threads) {
     Argument out("out", out_), P("P", P_), a("a", a_), delta("delta", delta_), mask("mask", mask_, true);
     Order order = order_named(order_, "query_first", Order::query_first);
+    Precision precision = precision_named(precision_);
     auto [N, T, I, O] = check_tokens(a, delta, mask, bias);
     P.floating().shape({P.view.shape[0], O, I});
     if (per_token)
@@ -189,7 +195,7 @@ void gradient_dot(py::handle out_, py::handle P_, py::handle a_, py::handle delt
     if (T * O * I == 0) return no_positions(out);
     if (out.empty()) return;
     call(threads, (T + P.view.shape[0]) * N * O * I, kernels->gradient_dot, out, P, a, delta, mask, bias, per_token,
-         order);
+         order, precision);
 }
 
 // Lists of one tensor a layer.
@@ -316,17 +322,18 @@ PYBIND11_MODULE(_native, m) {
         "Whether the kernels were built with OpenMP.");
 
     auto define = [&m](const char* name, auto kernel, auto... names) { m.def(name, kernel, py::arg(names)...); };
-    define("covariance_update", &covariance_update, "C", "x", "mask", "bias", "threads");
+    define("covariance_update", &covariance_update, "C", "x", "mask", "bias", "precision", "threads");
     define("eigenbasis_project", &eigenbasis_project, "out", "x", "U", "mask", "bias", "threads");
     define("eigenbasis_rotate", &eigenbasis_rotate, "out", "V", "U_A", "U_G", "inverse", "threads");
     define("ekfac_diagonal_update", &ekfac_diagonal_update, "Lambda", "a", "delta", "U_A", "U_G", "mask", "bias",
-           "order", "threads");
+           "order", "precision", "threads");
     define("ekfac_self_influence", &ekfac_self_influence, "out", "a", "delta", "U_A", "U_G", "Lambda", "damping",
            "mask", "bias", "threads");
     define("ekfac_solve", &ekfac_solve, "out", "V", "U_A", "U_G", "Lambda", "damping", "threads");
     define("weighted_ghost_dot", &weighted_ghost_dot, "out", "a1", "delta1", "a2", "delta2", "weight", "mask1", "mask2",
            "bias", "precision", "threads");
-    define("gradient_dot", &gradient_dot, "out", "P", "a", "delta", "mask", "bias", "per_token", "order", "threads");
+    define("gradient_dot", &gradient_dot, "out", "P", "a", "delta", "mask", "bias", "per_token", "order",
+           "precision", "threads");
     define("gradient_dot_grouped", &gradient_dot_grouped, "out", "P", "a", "delta", "mask", "bias", "threads");
     define("kfac_solve", &kfac_solve, "out", "V", "L_A", "L_G", "threads");
     define("ghost_dot", &ghost_dot, "out", "a1", "delta1", "a2", "delta2", "mask1", "mask2", "bias1", "bias2",

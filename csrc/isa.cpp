@@ -20,21 +20,24 @@ namespace ihvp {
 
 #ifdef IHVP_HAVE_AMX
 namespace amx {
-Status covariance_update(View, View, View, bool, int);
-Status gradient_dot(View, View, View, View, View, bool, bool, Order, int);
+Status covariance_update(View, View, View, bool, Precision, int);
+Status gradient_dot(View, View, View, View, View, bool, bool, Order, Precision, int);
 Status weighted_ghost_dot(View, View, View, View, View, View, View, View, bool, Precision, int);
 int64_t peak_bf16(int64_t, int);
 }  // namespace amx
 #endif
 #ifdef IHVP_HAVE_AVX512VNNI
 namespace avx512vnni {
+Status covariance_update(View, View, View, bool, Precision, int);
+Status ekfac_diagonal_update(View, View, View, View, View, View, bool, Order, Precision, int);
+Status gradient_dot(View, View, View, View, View, bool, bool, Order, Precision, int);
 Status weighted_ghost_dot(View, View, View, View, View, View, View, View, bool, Precision, int);
-}
+}  // namespace avx512vnni
 #endif
 #ifdef IHVP_HAVE_AVX512BF16
 namespace avx512bf16 {
-Status covariance_update(View, View, View, bool, int);
-Status gradient_dot(View, View, View, View, View, bool, bool, Order, int);
+Status covariance_update(View, View, View, bool, Precision, int);
+Status gradient_dot(View, View, View, View, View, bool, bool, Order, Precision, int);
 }  // namespace avx512bf16
 #endif
 #ifdef IHVP_HAVE_AVX512
@@ -65,6 +68,9 @@ const Kernels* avx512vnni_kernels() {
     static const Kernels table = [] {
         Kernels own = avx512::kernels;
         own.isa = "avx512vnni";
+        own.covariance_update = avx512vnni::covariance_update;
+        own.ekfac_diagonal_update = avx512vnni::ekfac_diagonal_update;
+        own.gradient_dot = avx512vnni::gradient_dot;
         own.weighted_ghost_dot = avx512vnni::weighted_ghost_dot;
         return own;
     }();
@@ -94,10 +100,10 @@ bool avx512bf16_runs() {
 #endif
 
 #ifdef IHVP_HAVE_AMX
-// AVX-512's kernels, and what tiles add.
+// Those with dot products of 16-bit integers, and what tiles add.
 const Kernels* amx_kernels() {
     static const Kernels table = [] {
-        Kernels own = avx512::kernels;
+        Kernels own = *avx512vnni_kernels();
         own.isa = "amx";
         own.covariance_update = amx::covariance_update;
         own.gradient_dot = amx::gradient_dot;

@@ -18,18 +18,18 @@ enum class Order : int32_t { project_first, gradient_first, query_first };
 
 struct Kernels {
     const char* isa;
-    Status (*covariance_update)(View C, View x, View mask, bool bias, int threads);
+    Status (*covariance_update)(View C, View x, View mask, bool bias, Precision precision, int threads);
     Status (*eigenbasis_project)(View out, View x, View U, View mask, bool bias, int threads);
     Status (*eigenbasis_rotate)(View out, View V, View U_A, View U_G, bool inverse, int threads);
     Status (*ekfac_diagonal_update)(View Lambda, View a, View delta, View U_A, View U_G, View mask, bool bias,
-                                    Order order, int threads);
+                                    Order order, Precision precision, int threads);
     Status (*ekfac_self_influence)(View out, View a, View delta, View U_A, View U_G, View Lambda, double damping,
                                    View mask, bool bias, int threads);
     Status (*ekfac_solve)(View out, View V, View U_A, View U_G, View Lambda, const double* damping, int threads);
     Status (*weighted_ghost_dot)(View out, View a1, View delta1, View a2, View delta2, View weight, View mask1,
                                  View mask2, bool bias, Precision precision, int threads);
     Status (*gradient_dot)(View out, View P, View a, View delta, View mask, bool bias, bool per_token, Order order,
-                           int threads);
+                           Precision precision, int threads);
     Status (*gradient_dot_grouped)(View out, const View* P, const View* a, const View* delta, int64_t layers, View mask,
                                    bool bias, int threads);
     Status (*kfac_solve)(View out, View V, View L_A, View L_G, int threads);

@@ -38,12 +38,14 @@ def extra(kernel: str, order: str | None, N: int, T: int) -> int:
     influence, scores = torch.zeros(N), torch.zeros(Q, N)
     calls = {
         "ekfac_diagonal_update": lambda: _native.ekfac_diagonal_update(
-            Lambda, U_A=U_A, U_G=U_G, **tokens, order=order, threads=1
+            Lambda, U_A=U_A, U_G=U_G, **tokens, order=order, precision="float32", threads=1
         ),
         "ekfac_self_influence": lambda: _native.ekfac_self_influence(
             influence, U_A=U_A, U_G=U_G, Lambda=Lambda, damping=1.0, **tokens, threads=1
         ),
-        "gradient_dot": lambda: _native.gradient_dot(scores, P, per_token=False, **tokens, order=order, threads=1),
+        "gradient_dot": lambda: _native.gradient_dot(
+            scores, P, per_token=False, **tokens, order=order, precision="float32", threads=1
+        ),
         "per_sample_gradient": lambda: ops.per_sample_gradient(**tokens),
     }
     forget_peak()

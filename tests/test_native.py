@@ -41,7 +41,7 @@ def arguments(kernel: str, **changes: Any) -> dict[str, Any]:
     if kernel == "ghost_dot":
         given["bias1"] = given["bias2"] = given.pop("bias")
         given["per_token"] = False
-    if kernel == "weighted_ghost_dot":
+    if kernel in ("covariance_update", "ekfac_diagonal_update", "gradient_dot", "weighted_ghost_dot"):
         given["precision"] = "float32"
     if kernel in RESULTS:
         given["out"] = torch.zeros(RESULTS[kernel])
@@ -67,8 +67,8 @@ def test_arrays_by_dlpack_are_read_like_tensors(kernel: str) -> None:
 def test_a_view_that_runs_backwards_is_read_as_it_appears() -> None:
     x = np.arange(12, dtype=np.float32).reshape(3, 4)
     C, backwards = np.zeros((2, 4, 4), np.float32)
-    _native.covariance_update(C, x, None, False, 1)
-    _native.covariance_update(backwards[::-1, ::-1], x[::-1, ::-1], None, False, 1)
+    _native.covariance_update(C, x, None, False, "float32", 1)
+    _native.covariance_update(backwards[::-1, ::-1], x[::-1, ::-1], None, False, "float32", 1)
     assert np.array_equal(C, backwards)
 
 
@@ -266,7 +266,7 @@ def test_gradient_dot_of_bfloat16_tokens(isa: str, T: int, O: int, I: int) -> No
     x, d = make_pair(a, delta, mask)
     want = torch.einsum("qoi,nto,nti->qn", P.double(), d, x)
     got = torch.empty(Q, N)
-    _native.gradient_dot(got, P, a, delta, mask, True, False, "gradient_first", 2)
+    _native.gradient_dot(got, P, a, delta, mask, True, False, "gradient_first", "float32", 2)
     assert float((got - want).norm() / want.norm()) < 3e-6
 
 

@@ -37,7 +37,7 @@ def test_contraction_orders(isa: str, kernel: str, order: str, shape: dict[str, 
             arguments = dict(call.fresh().arguments)
             if call.target is None:
                 arguments["out"] = torch.empty(want.shape, dtype=dtype)
-            getattr(_native, kernel)(**arguments, order=order, threads=threads)
+            getattr(_native, kernel)(**arguments, order=order, precision="float32", threads=threads)
             results.append(arguments[SPECS[op].target or "out"])
         call.check(results[0], want)
         assert torch.equal(results[0], results[-1])
@@ -53,7 +53,9 @@ def test_blocks_of_gradients_of_every_shape(isa: str, T: int, tokens: torch.dtyp
         want = call.formula()
         out = torch.empty(want.shape, dtype=call.dtype)
         for threads in (1, 2):
-            _native.gradient_dot(**call.arguments, out=out, order="gradient_first", threads=threads)
+            _native.gradient_dot(
+                **call.arguments, out=out, order="gradient_first", precision="float32", threads=threads
+            )
             call.check(out, want)
 
 

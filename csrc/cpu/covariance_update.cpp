@@ -1,6 +1,7 @@
 // C += sum over real positions of x x^T: the tiles on and above the diagonal, each added to its mirror image too.
 #include "amx.h"
 #include "epilogue.h"
+#include "fixed_point.h"
 
 namespace ihvp {
 namespace IHVP_ISA {
@@ -42,19 +43,19 @@ AddMirrored<T, S, square> add_mirrored(const View& C) {
     return {matrix_target<T, S, true>(C), matrix_target<T, S, true>(mirror)};
 }
 
-// Positions packed as E: one by one, or by pairs.
+// The positions begin..end, packed as E: one by one, or by pairs.
 template <class E, class S>
-Status update(const View& C, const Rows& rows, int threads) {
+Status update(const View& C, const Rows& rows, int64_t begin, int64_t end, int threads) {
     constexpr int64_t own = 64;  // rows of a packing task
-    int64_t d = rows.features, most_rows = Packed<E>::depth(least(chunk_positions, rows.count));
+    int64_t d = rows.features, most_rows = Packed<E>::depth(least(chunk_positions, end - begin));
     Workspace space;
     space.plan<E>(Panels<E>::size(most_rows, d));
     if (!space.allocate()) return Status::out_of_memory;
     E* memory = space.take<E>(Panels<E>::size(most_rows, d));
 
     auto add = add_mirrored<Sum<E>, S, triangle_unit<E>>(C);
-    for (int64_t first = 0; first < rows.count; first += chunk_positions) {
-        int64_t count = least(chunk_positions, rows.count - first);
+    for (int64_t first = begin; first < end; first += chunk_positions) {
+        int64_t count = least(chunk_positions, end - first);
         Panels<E> packed{memory, Packed<E>::depth(count), d};
         parallel(threads, ceil_div(packed.depth, own), [&](int64_t task, int) {
             Packed<E>::pack(packed, rows, first, count, task * own, least(packed.depth, (task + 1) * own));
@@ -63,6 +64,46 @@ Status update(const View& C, const Rows& rows, int threads) {
     }
     return Status::ok;
 }
+
+#ifdef __AVX512VNNI__
+// In fixed point; positions that cannot be read so, as they are.
+template <class S>
+Status update_fixed(const View& C, const Rows& rows, int threads) {
+    int64_t d = rows.features, longest = least(chunk_positions, rows.count),
+            own = Panels<float>::size(2 * block_pairs, d);
+    Workspace space;
+    FixedPanels::plan(space, 1, longest, d);
+    space.plan<float>(threads * own);
+    if (!space.allocate()) return Status::out_of_memory;
+    FixedPanels most_x(space, 1, longest, d);
+    float* scratch = space.take<float>(threads * own);
+
+    auto add = add_mirrored<float, S, triangle_unit<float>>(C);
+    for (int64_t first = 0; first < rows.count; first += chunk_positions) {
+        int64_t count = least(chunk_positions, rows.count - first);
+        FixedPanels x(most_x.words.data, most_x.units, 1, count, d);
+        Readable readable;
+        parallel(threads, x.blocks.count, [&](int64_t b, int thread) {
+            int64_t k0 = x.blocks.begin(b), k1 = x.blocks.end(b);
+            Panels<float> plain{scratch + thread * own, k1 - k0, d};
+            pack_straight(plain, rows, first + k0, 0, k1 - k0);
+            for (int64_t p = 0; p < plain.count(); ++p) readable.note(x.fill(0, b, p, plain.at(0, p * fixed_width)));
+        });
+        if (!readable) {
+            Status status = update<float, S>(C, rows, first, first + count, threads);
+            if (status != Status::ok) return status;
+            continue;
+        }
+        auto tile_of = [&](int64_t i, int64_t p, Ahead ahead, int64_t skipped) {
+            Tile<float> tile = {};
+            add_product(tile, x, i, x, p, 0, ahead, skipped);
+            return tile;
+        };
+        product_triangle(x.words, threads, tile_of, add);
+    }
+    return Status::ok;
+}
+#endif
 
 #ifdef __AMX_BF16__
 // bfloat16 tokens as they are, on tiles.
@@ -102,7 +143,7 @@ Status update_tiles(const View& C, const Rows& rows, int threads) {
 
 }  // namespace
 
-Status covariance_update(View C, View x, View mask, bool bias, int threads) {
+Status covariance_update(View C, View x, View mask, bool bias, Precision precision, int threads) {
     Rows rows = token_rows(x, mask, bias);
     bool wide = C.dtype == DType::f64;
 #ifdef __AVX512BF16__
@@ -111,12 +152,19 @@ Status covariance_update(View C, View x, View mask, bool bias, int threads) {
         bool filled = rows.features >= tile_block && rows.count >= step;  // smaller, tiles would be mostly padding
         if (filled) return wide ? update_tiles<double>(C, rows, threads) : update_tiles<float>(C, rows, threads);
 #else
-        return wide ? update<Pair, double>(C, rows, threads) : update<Pair, float>(C, rows, threads);
+        auto run = wide ? update<Pair, double> : update<Pair, float>;
+        return run(C, rows, 0, rows.count, threads);
 #endif
     }
 #endif
-    if (x.dtype == DType::f64) return update<double, double>(C, rows, threads);
-    return wide ? update<float, double>(C, rows, threads) : update<float, float>(C, rows, threads);
+#ifdef __AVX512VNNI__
+    if (precision == Precision::int16 && x.dtype != DType::f64)
+        return wide ? update_fixed<double>(C, rows, threads) : update_fixed<float>(C, rows, threads);
+#else
+    (void)precision;
+#endif
+    auto run = x.dtype == DType::f64 ? update<double, double> : wide ? update<float, double> : update<float, float>;
+    return run(C, rows, 0, rows.count, threads);
 }
 
 }  // namespace IHVP_ISA

@@ -149,7 +149,7 @@ Status update(const View& Lambda, const View& a, const View& delta, const View& 
 }  // namespace
 
 Status ekfac_diagonal_update(View Lambda, View a, View delta, View U_A, View U_G, View mask, bool bias, Order order,
-                             int threads) {
+                             Precision, int threads) {
     bool wide = a.dtype == DType::f64 || delta.dtype == DType::f64 || (U_A.data && U_A.dtype == DType::f64) ||
                 (U_G.data && U_G.dtype == DType::f64);
     if (wide) return update<double, double>(Lambda, a, delta, U_A, U_G, mask, bias, order, threads);

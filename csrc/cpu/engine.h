@@ -232,8 +232,9 @@ template <class T>
 constexpr int64_t triangle_unit = tile_rows < Lanes<T>::width ? Lanes<T>::width : tile_rows;
 
 // X^T X on and above its diagonal, parallel over panels by blocks of X, the longest of them first; all of k at a time.
-template <class T, class Finish>
-void product_triangle(const Panels<T>& x, int threads, const Finish& finish) {
+// tile_of(i, p, ahead, first): the tile at rows i.. and panel p, without its `first` vectors.
+template <class T, class TileOf, class Finish>
+void product_triangle(const Panels<T>& x, int threads, const TileOf& tile_of, const Finish& finish) {
     constexpr int64_t W = Panels<T>::width, lanes = Lanes<T>::width, unit = triangle_unit<T>;
     constexpr int64_t rows = product_rows<T>, across = rows / W;
     static_assert(rows % W == 0 && W % unit == 0, "a block is a whole number of panels, a panel of squares");
@@ -247,12 +248,20 @@ void product_triangle(const Panels<T>& x, int threads, const Finish& finish) {
         int64_t share = W * int64_t(sizeof(T)) * tile_rows / (end - first);
         for (int64_t i = first; i < end; i += tile_rows, next += x.depth * share) {
             int64_t skipped = most(0, i / unit * unit - p * W) / lanes, j = p * W + skipped * lanes;
-            Tile<Sum<T>> tile;
             fetch_for(finish, i, j);
-            multiply<T>(tile, x, i, x, p, 0, x.depth, false, Ahead{next, share}, skipped);
-            finish(tile, i, j);
+            finish(tile_of(i, p, Ahead{next, share}, skipped), i, j);
         }
     });
+}
+
+template <class T, class Finish>
+void product_triangle(const Panels<T>& x, int threads, const Finish& finish) {
+    auto tile_of = [&](int64_t i, int64_t p, Ahead ahead, int64_t first) {
+        Tile<Sum<T>> tile;
+        multiply<T>(tile, x, i, x, p, 0, x.depth, false, ahead, first);
+        return tile;
+    };
+    product_triangle(x, threads, tile_of, finish);
 }
 
 // Packs columns from `column` on of a matrix while a product runs: before each of its tiles the rows that were fetched

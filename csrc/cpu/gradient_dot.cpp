@@ -85,12 +85,12 @@ Status query_first(const View& out, const View& P, const Rows& a, const Rows& de
 }  // namespace
 
 Status gradient_dot(View out, View P, View a, View delta, View mask, bool bias, bool per_token, Order order,
-                    int threads) {
+                    Precision precision, int threads) {
     Rows rows_a = token_rows(a, mask, bias), rows_delta = token_rows(delta, mask, false);
     Group one{&P, &a, &delta, mask, bias, 1};
     return IHVP_COMPUTE(out.dtype == DType::f64, [&](auto zero) {
         using T = decltype(zero);
-        if (order == Order::gradient_first) return gradient_first<T>(out, one, threads);
+        if (order == Order::gradient_first) return gradient_first<T>(out, one, precision, threads);
         return query_first<T>(out, P, rows_a, rows_delta, a.shape[0], a.shape[1], per_token, threads);
     });
 }

@@ -7,8 +7,9 @@ namespace IHVP_ISA {
 Status gradient_dot_grouped(View out, const View* P, const View* a, const View* delta, int64_t layers, View mask,
                             bool bias, int threads) {
     Group group{P, a, delta, mask, bias, layers};
-    return IHVP_COMPUTE(out.dtype == DType::f64,
-                        [&](auto zero) { return gradient_first<decltype(zero)>(out, group, threads); });
+    return IHVP_COMPUTE(out.dtype == DType::f64, [&](auto zero) {
+        return gradient_first<decltype(zero)>(out, group, Precision::float32, threads);
+    });
 }
 
 }  // namespace IHVP_ISA

@@ -2,6 +2,7 @@
 // that block of P; g is never whole, and P is read once for those examples. One layer is a group of one.
 #pragma once
 #include "amx.h"
+#include "fixed_point.h"
 
 namespace ihvp {
 namespace IHVP_ISA {
@@ -161,9 +162,58 @@ void gradient_panels(T* g, const Rows& a, const Rows& delta, int64_t first, int6
     }
 }
 
+#ifdef __AVX512VNNI__
+constexpr int64_t least_positions = 32;  // of a gradient that is worth reading in fixed point
+
+// Numbers that a block of gradients needs for that beside its packed tokens.
+inline int64_t fixed_size(int64_t positions, int64_t outputs, int64_t inputs) {
+    int64_t depth = least(positions, 2 * block_pairs);
+    return FixedPanels::size(1, depth, outputs) + FixedPanels::count_units(1, depth, outputs) +
+           FixedPanels::size(1, depth, inputs) + FixedPanels::count_units(1, depth, inputs);
+}
+
+// The block of g_n in fixed point; false where a token cannot be read so.
+inline bool gradient_fixed(float* g, const Rows& a, const Rows& delta, int64_t first, int64_t positions, Block b,
+                           float* buffer, float* memory, int64_t next) {
+    int64_t outputs = b.o1 - b.o0, inputs = b.i1 - b.i0;
+    for (int64_t t = 0; t < positions; t += 2 * block_pairs) {
+        int64_t count = least(2 * block_pairs, positions - t);
+        float* rest = memory;
+        auto take = [&](const Rows& rows, int64_t columns, int64_t first_column, bool& readable) {
+            int64_t size = FixedPanels::size(1, count, columns);
+            FixedPanels fixed(reinterpret_cast<Words*>(rest), rest + size, 1, count, columns);
+            rest += size + FixedPanels::count_units(1, count, columns);
+            Panels<float> plain{buffer, count, columns};
+            pack_straight(plain, rows, first + t, 0, count, first_column);
+            for (int64_t p = 0; p < plain.count(); ++p)
+                readable = fixed.fill(0, 0, p, plain.at(0, p * fixed_width)) && readable;
+            return fixed;
+        };
+        bool readable = true;
+        FixedPanels d = take(delta, outputs, b.o0, readable), x = take(a, inputs, b.i0, readable);
+        if (!readable) return false;
+        int64_t depth = x.blocks.pairs, panels = x.words.count(), tiles = panels * ceil_div(outputs, tile_rows),
+                tile = 0;
+        int64_t tiles_a = most(1, tiles * inputs / (inputs + outputs)), tiles_delta = most(1, tiles - tiles_a);
+        SharedFetch next_a(a, next + t, count, b.i0, b.i1, tiles_a, depth);
+        SharedFetch next_delta(delta, next + t, count, b.o0, b.o1, tiles_delta, depth);
+        for (int64_t p = 0; p < panels; ++p) {
+            for (int64_t i = 0; i < outputs; i += tile_rows, ++tile) {
+                Ahead ahead = tile < tiles_a ? next_a.of_tile(tile) : next_delta.of_tile(tile - tiles_a);
+                IntoScaledRows target{g + i * b.stride + p * fixed_width, b.stride, d.unit(0, 0, i),
+                                      x.unit(0, 0, p * fixed_width), t > 0};
+                multiply<Words>(target, d.words, i, x.words, p, 0, depth, ahead);
+            }
+        }
+    }
+    return true;
+}
+#endif
+
+// `fixed`: memory for fixed point, or null where it is not wanted.
 template <class T>
 void gradient_block(T* g, const Rows& a, const Rows& delta, int64_t first, int64_t positions, Block b, T* buffer,
-                    int64_t next) {
+                    T* fixed, int64_t next) {
 #ifdef __AVX512BF16__
     if constexpr (sizeof(T) == sizeof(float)) {
         bool bf16 = a.dtype == DType::bf16 && delta.dtype == DType::bf16;
@@ -175,6 +225,13 @@ void gradient_block(T* g, const Rows& a, const Rows& delta, int64_t first, int64
             return gradient_panels(g, a, delta, first, positions, b, reinterpret_cast<Pair*>(buffer), next);
 #endif
     }
+#endif
+#ifdef __AVX512VNNI__
+    if constexpr (sizeof(T) == sizeof(float)) {
+        if (fixed != nullptr && gradient_fixed(g, a, delta, first, positions, b, buffer, fixed, next)) return;
+    }
+#else
+    (void)fixed;
 #endif
     gradient_panels(g, a, delta, first, positions, b, buffer, next);
 }
@@ -258,7 +315,7 @@ void add_dots(T* sums, int64_t stride_sums, const View& P, const T* g, int64_t s
 }
 
 template <class T>
-Status gradient_first(const View& out, const Group& group, int threads) {
+Status gradient_first(const View& out, const Group& group, Precision precision, int threads) {
     constexpr int lanes = Lanes<T>::width;
     constexpr int64_t most_examples = 6 * dot_examples;  // of a block: P is read once for so many
     static_assert(block_side % Panels<T>::width == 0 && 4 * block_side <= dot_length, "whole tiles");
@@ -274,7 +331,14 @@ Status gradient_first(const View& out, const Group& group, int threads) {
     int64_t depth = ceil_div(least(positions, block_positions), 32) * 32;  // whole steps of tiles
     int64_t size_tokens = Panels<T>::size(depth, blocks.outputs) + Panels<T>::size(depth, blocks.inputs);
     int64_t size_queries = dot_queries * dot_length;
-    int64_t own = rows_n * size + size_tokens + size_queries;
+    int64_t size_fixed = 0;
+#ifdef __AVX512VNNI__
+    if (sizeof(T) == sizeof(float) && precision == Precision::int16 && positions >= least_positions)
+        size_fixed = fixed_size(positions, blocks.outputs, blocks.inputs);
+#else
+    (void)precision;
+#endif
+    int64_t own = rows_n * size + size_tokens + size_queries + size_fixed;
     Workspace space;
     space.plan<T>(threads * own);
     space.plan<T>(chunks * parts * size_sums);
@@ -290,13 +354,14 @@ Status gradient_first(const View& out, const Group& group, int threads) {
             T* g = scratch + thread * own;
             T* tokens = g + rows_n * size;
             T* queries = tokens + size_tokens;
+            T* fixed = size_fixed > 0 ? queries + size_queries : nullptr;
             T* sum = sums + task * size_sums;
             for (int64_t e = 0; e < size_sums; ++e) sum[e] = 0;
             for (int64_t e = count * size; e < padded * size; ++e) g[e] = 0;
             auto add_block = [&](const View& P, const Rows& a, const Rows& delta, Block b) {
                 for (int64_t n = 0; n < count; ++n) {
                     int64_t position = (first + n) * positions;
-                    gradient_block(g + n * size, a, delta, position, positions, b, tokens, position + positions);
+                    gradient_block(g + n * size, a, delta, position, positions, b, tokens, fixed, position + positions);
                 }
                 add_dots(sum, rows_n * lanes, P, g, size, count, b, queries);
             };

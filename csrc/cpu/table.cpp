@@ -7,14 +7,14 @@
 namespace ihvp {
 namespace IHVP_ISA {
 
-Status covariance_update(View, View, View, bool, int);
+Status covariance_update(View, View, View, bool, Precision, int);
 Status eigenbasis_project(View, View, View, View, bool, int);
 Status eigenbasis_rotate(View, View, View, View, bool, int);
-Status ekfac_diagonal_update(View, View, View, View, View, View, bool, Order, int);
+Status ekfac_diagonal_update(View, View, View, View, View, View, bool, Order, Precision, int);
 Status ekfac_self_influence(View, View, View, View, View, View, double, View, bool, int);
 Status ekfac_solve(View, View, View, View, View, const double*, int);
 Status weighted_ghost_dot(View, View, View, View, View, View, View, View, bool, Precision, int);
-Status gradient_dot(View, View, View, View, View, bool, bool, Order, int);
+Status gradient_dot(View, View, View, View, View, bool, bool, Order, Precision, int);
 Status gradient_dot_grouped(View, const View*, const View*, const View*, int64_t, View, bool, int);
 Status kfac_solve(View, View, View, View, int);
 Status ghost_dot(View, View, View, View, View, View, View, bool, bool, bool, int);

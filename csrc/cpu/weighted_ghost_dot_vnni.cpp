@@ -1,12 +1,7 @@
 // S[m,n] = sum_o y1[m,o] y2[n,o] (sum_i x1[m,i] x2[n,i] weight[i,o]) for float32, in 16-bit fixed point on dot products
-// of pairs (AVX512-VNNI), which are twice as fast as float32 multiply-adds.
-// In blocks of at most 128 i, a row of products v = x1[m] x2[n] and a column of the weight w are read in units of about
-// 2^-15.5 of their norm in the block, q = round(v / unit), so that by Cauchy and Schwarz no sum of q_v q_w leaves 32
-// bits:
-//     sum_i v w ~ sum over blocks unit_v unit_w (sum_i q_v q_w)      relative error, of norms, about 1e-4
-// Where a number is not finite, or a block is next to nothing, nothing is computed here, but all in float32.
-#include "engine.h"
-#include <immintrin.h>
+// of pairs: a row of products x1[m] x2[n] with a column of the weight. The relative error, of norms, is about 1e-4.
+// Where a number cannot be read so, nothing is computed here, but all in float32.
+#include "fixed_point.h"
 
 namespace ihvp {
 
@@ -18,79 +13,8 @@ namespace IHVP_ISA {
 
 namespace {
 
-using Words = int32_t;  // two 16-bit integers, the first one below
-
-// The engine's product over pairs of k.
-template <>
-IHVP_INLINE void multiply_add<Words>(Vec<Words>& sum, Vec<Words> y, Words x) {
-    sum = (Vec<Words>)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)y, _mm512_set1_epi32(x));
-}
-
-constexpr int64_t chunk_examples = 2048;
-constexpr int64_t together = 4;                         // rows m that share a block of the weight in the L2 cache
-constexpr int64_t block_pairs = 64;                     // of k, summed in 32 bits
-constexpr float most_norm = 46200, most_entry = 32700;  // in units: squared, and rounded up, below 2^31 and 2^15
-constexpr int64_t width = Panels<float>::width, vectors = width / 16;
-static_assert(width == Panels<Words>::width, "a panel of floats becomes one of words");
-
-// k in blocks of as many pairs each.
-struct Blocks {
-    int64_t k, pairs, count, each;
-    explicit Blocks(int64_t k)
-        : k(k), pairs(ceil_div(k, 2)), count(most(1, ceil_div(pairs, block_pairs))), each(ceil_div(pairs, count)) {}
-    int64_t depth(int64_t b) const { return least(each, pairs - b * each); }
-    int64_t begin(int64_t b) const { return 2 * b * each; }
-    int64_t end(int64_t b) const { return least(k, begin(b + 1)); }
-};
-
-// The units in which a block of a panel's columns fits, by its norms and its largest entries; 0 for zeros alone.
-// row(k, v): a vector of row k. False where an entry is not finite, or all are next to nothing.
-template <class Row>
-IHVP_INLINE bool find_units(float* unit, int64_t k0, int64_t k1, const Row& row) {
-    __m512 largest[vectors] = {}, squares[vectors] = {};
-    for (int64_t k = k0; k < k1; ++k) {
-        for (int v = 0; v < vectors; ++v) {
-            __m512 x = row(k, v);
-            largest[v] = _mm512_max_ps(largest[v], _mm512_abs_ps(x));
-            squares[v] = _mm512_fmadd_ps(x, x, squares[v]);
-        }
-    }
-    auto between = [](__m512 x, float low, float high) {
-        return __mmask16(_mm512_cmp_ps_mask(x, _mm512_set1_ps(low), _CMP_GT_OQ) &
-                         _mm512_cmp_ps_mask(x, _mm512_set1_ps(high), _CMP_LT_OQ));
-    };
-    bool readable = true;
-    for (int v = 0; v < vectors; ++v) {
-        constexpr float least_square = 1e-30f, most_square = 1e30f, root = 11.4f;
-        static_assert(root * root > 2 * block_pairs, "no norm is more than that many times the largest entry");
-        __m512 norm = _mm512_mask_sqrt_ps(largest[v] * _mm512_set1_ps(root),
-                                          between(squares[v], least_square, most_square), squares[v]);
-        __m512 by_norm = norm * _mm512_set1_ps(1 / most_norm), by_entry = largest[v] * _mm512_set1_ps(1 / most_entry);
-        _mm512_storeu_ps(unit + v * 16, _mm512_max_ps(by_norm, by_entry));
-        __mmask16 number = _mm512_cmp_ps_mask(squares[v], squares[v], _CMP_ORD_Q);  // max drops a NaN, a sum does not
-        __mmask16 zero = _mm512_cmp_ps_mask(largest[v], _mm512_setzero_ps(), _CMP_EQ_OQ);
-        readable = readable && (number & (zero | between(largest[v], 1e-30f, 1e30f))) == 0xffff;
-    }
-    return readable;
-}
-
-// Rows 2 pair and 2 pair + 1 of a panel's products with 1 / unit, rounded; the second is zero past the end.
-template <class Row>
-IHVP_INLINE void quantise(Words* out, int64_t k0, int64_t k1, const float* unit, const Row& row) {
-    __m512 scale[vectors];
-    for (int v = 0; v < vectors; ++v) {
-        __m512 own = _mm512_loadu_ps(unit + v * 16);
-        scale[v] =
-            _mm512_maskz_div_ps(_mm512_cmp_ps_mask(own, _mm512_setzero_ps(), _CMP_GT_OQ), _mm512_set1_ps(1), own);
-    }
-    for (int64_t k = k0; k < k1; k += 2, out += width) {
-        for (int v = 0; v < vectors; ++v) {
-            __m512i even = _mm512_cvtps_epi32(row(k, v) * scale[v]);
-            __m512i odd = k + 1 < k1 ? _mm512_cvtps_epi32(row(k + 1, v) * scale[v]) : _mm512_setzero_si512();
-            _mm512_storeu_si512(out + v * 16, _mm512_mask_blend_epi16(0xaaaaaaaau, even, _mm512_slli_epi32(odd, 16)));
-        }
-    }
-}
+constexpr int64_t width = fixed_width, chunk_examples = 2048;
+constexpr int64_t together = 4;  // rows m that share a block of the weight in the L2 cache
 
 // `done` is set when the result is there.
 Status run(const View& out, const Rows& x1, const Rows& y1, const Rows& x2, const Rows& y2, const Rows& weight,

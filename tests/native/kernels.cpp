@@ -16,7 +16,10 @@ namespace IHVP_ISA {
 extern const Kernels kernels;
 }
 #ifdef IHVP_FIXED_POINT
-namespace IHVP_FIXED_POINT {  // an instruction set of this one kernel
+namespace IHVP_FIXED_POINT {  // an instruction set of these kernels alone
+Status covariance_update(View, View, View, bool, Precision, int);
+Status ekfac_diagonal_update(View, View, View, View, View, View, bool, Order, Precision, int);
+Status gradient_dot(View, View, View, View, View, bool, bool, Order, Precision, int);
 Status weighted_ghost_dot(View, View, View, View, View, View, View, View, bool, Precision, int);
 }
 #endif
@@ -174,13 +177,19 @@ void check(const Case& c) {
     int64_t M = c.N * c.T;
 
     Array C = result({J, J});
-    kernels.covariance_update(C.view, a.view, mask, c.bias, c.threads);
+    kernels.covariance_update(C.view, a.view, mask, c.bias, Precision::float32, c.threads);
     std::vector<double> want(size_t(J * J));
     for (int64_t n = 0; n < c.N; ++n)
         for (int64_t t = 0; t < c.T; ++t)
             for (int64_t i = 0; i < J; ++i)
                 for (int64_t k = 0; k < J; ++k) want[size_t(i * J + k)] += x(n, t, i) * x(n, t, k);
     compare(c, "covariance_update", C, want, M);
+#ifdef IHVP_FIXED_POINT
+    constexpr double fixed_unit = 3e-6;  // the error is about 1e-5 of the operands' norms
+    Array fixed_C = result({J, J});
+    IHVP_FIXED_POINT::covariance_update(fixed_C.view, a.view, mask, c.bias, Precision::int16, c.threads);
+    compare(c, "covariance_update in fixed point", fixed_C, want, M, fixed_unit);
+#endif
 
     Array projected = result({c.N, c.T, J});
     kernels.eigenbasis_project(projected.view, a.view, U_A.view, mask, c.bias, c.threads);
@@ -203,8 +212,14 @@ void check(const Case& c) {
     for (Order order : {Order::project_first, Order::gradient_first}) {
         Array sums = result({O, J});
         kernels.ekfac_diagonal_update(sums.view, a.view, delta.view, U_A.view, U_G.view, mask, c.bias, order,
-                                      c.threads);
+                                      Precision::float32, c.threads);
         compare(c, "ekfac_diagonal_update", sums, diagonal, M + O + J);
+#ifdef IHVP_FIXED_POINT
+        Array fixed = result({O, J});
+        IHVP_FIXED_POINT::ekfac_diagonal_update(fixed.view, a.view, delta.view, U_A.view, U_G.view, mask, c.bias, order,
+                                                Precision::int16, c.threads);
+        compare(c, "ekfac_diagonal_update in fixed point", fixed, diagonal, M + O + J, fixed_unit);
+#endif
     }
     Array influences = result({c.N});
     kernels.ekfac_self_influence(influences.view, a.view, delta.view, U_A.view, U_G.view, Lambda.view, 0.25, mask,
@@ -257,8 +272,15 @@ void check(const Case& c) {
                     }
     for (Order order : {Order::query_first, Order::gradient_first}) {
         Array out = result({c.Q, c.N});
-        kernels.gradient_dot(out.view, P.view, a.view, delta.view, mask, c.bias, false, order, c.threads);
+        kernels.gradient_dot(out.view, P.view, a.view, delta.view, mask, c.bias, false, order, Precision::float32,
+                             c.threads);
         compare(c, "gradient_dot", out, want, c.T * O * J);
+#ifdef IHVP_FIXED_POINT
+        Array fixed = result({c.Q, c.N});
+        IHVP_FIXED_POINT::gradient_dot(fixed.view, P.view, a.view, delta.view, mask, c.bias, false, order,
+                                       Precision::int16, c.threads);
+        compare(c, "gradient_dot in fixed point", fixed, want, c.T * O * J, fixed_unit);
+#endif
     }
     {
         // The same layer twice, and its first output alone.
@@ -279,7 +301,8 @@ void check(const Case& c) {
         compare(c, "gradient_dot_grouped", out, sums, 3 * c.T * O * J);
     }
     Array each = result({c.Q, c.N, c.T});
-    kernels.gradient_dot(each.view, P.view, a.view, delta.view, mask, c.bias, true, Order::query_first, c.threads);
+    kernels.gradient_dot(each.view, P.view, a.view, delta.view, mask, c.bias, true, Order::query_first,
+                         Precision::float32, c.threads);
     compare(c, "gradient_dot per token", each, tokens, O * J);
 
     want.assign(size_t(c.N * c.N), 0);
@@ -306,7 +329,7 @@ void check(const Case& c) {
         Array fixed = result({c.N, c.N});
         IHVP_FIXED_POINT::weighted_ghost_dot(fixed.view, a.view, delta.view, a.view, delta.view, Lambda.view, mask,
                                              mask, c.bias, Precision::int16, c.threads);
-        compare(c, "weighted_ghost_dot in fixed point", fixed, want, O + J, 3e-6);  // its error is 1e-4 of a norm
+        compare(c, "weighted_ghost_dot in fixed point", fixed, want, O + J, fixed_unit);
 #endif
     }
 

@@ -29,6 +29,7 @@ from ihvp.methods.kronecker import (
 )
 from ihvp.methods.queries import LayerQueries, small_layers
 from ihvp.model import InfluenceModel, Layer
+from ihvp.ops._precision import float32_products
 
 
 class EKFACIHVP(KroneckerIHVP):
@@ -190,10 +191,15 @@ def _projected_once(
     group: list[tuple[Layer, Tensor]], a: Tensor, mask: Tensor | None, eigen: dict[str, Eigen]
 ) -> Tensor | None:
     """The input of several layers in the basis that they share, where that costs less than a rotation for each, of
-    tokens or of gradients. On GPUs, whose kernels rotate faster than this product, None."""
+    tokens or of gradients. Kernels on GPUs, and those of 16-bit integers, rotate faster than this product: None."""
     first, T = group[0][0], a.shape[1]
     U_A, I = eigen[first.name].U_A, first.shape[1]
-    if len(group) == 1 or a.is_cuda or any(eigen[layer.name].U_A is not U_A for layer, _ in group):
+    if (
+        len(group) == 1
+        or a.is_cuda
+        or float32_products() != "float32"
+        or any(eigen[layer.name].U_A is not U_A for layer, _ in group)
+    ):
         return None
     outputs = [layer.shape[0] for layer, _ in group]
     if T * (I * I + sum(O * O for O in outputs)) > sum(min(T * (I * I + O * O), O * I * (O + I)) for O in outputs):

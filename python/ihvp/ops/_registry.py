@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ihvp.ops import _gpu
+from ihvp.ops._precision import float32_products
 
 IMPLEMENTATIONS = ("reference", "native", "triton", "cuda")
 GPU = ("triton", "cuda")
@@ -39,7 +40,7 @@ class Candidate:
     """A contraction order with its cost: floating point operations, bytes moved, and workspace in bytes.
 
     `overhead` counts what is not a product, in floating point operations that would take as long: see `packing` and
-    `short`.
+    `short`. `saved` counts in the same way what narrower products save.
     """
 
     order: str
@@ -47,15 +48,16 @@ class Candidate:
     bytes: float
     workspace: float = 0.0
     overhead: float = 0.0
+    saved: float = 0.0
 
     def seconds(self, wide: bool, threads: int) -> float:
-        """max((flops + overhead) / peak, bytes / bandwidth) on a typical core.
+        """max((flops + overhead - saved) / peak, bytes / bandwidth) on a typical core.
 
         That is 100 GFLOP/s in float32, 8 GB/s from memory, 32 GB/s where all of it lies in a cache of 16 MB.
         """
         peak = (50e9 if wide else 100e9) * threads
         bandwidth = (32e9 if self.bytes < 16e6 else 8e9) * threads
-        return max((self.flops + self.overhead) / peak, self.bytes / bandwidth)
+        return max((self.flops + self.overhead - self.saved) / peak, self.bytes / bandwidth)
 
 
 def packing(elements: float) -> float:
@@ -215,7 +217,11 @@ class Op:
 
         It is remembered by all that the costs depend on, for predicting takes longer than a small call.
         """
-        key = (torch.get_num_threads(), *[(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in args])
+        key = (
+            torch.get_num_threads(),
+            float32_products(),
+            *[(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in args],
+        )
         order = self._best.get(key)
         if order is None:
             candidates, seconds = self._costs(*args)
