@@ -108,7 +108,6 @@ def machine() -> dict[str, Any]:
         "processor": processor()[1],
         "threads": torch.get_num_threads(),
         "isa": _native.isa(),
-        "precision": torch.get_float32_matmul_precision(),
         "torch": torch.__version__,
         "ihvp": ihvp.__version__,
         "python": platform.python_version(),

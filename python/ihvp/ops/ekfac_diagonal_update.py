@@ -50,8 +50,8 @@ def ekfac_diagonal_update_(
     Returns:
         Lambda. Products and a batch's sums are float32 (float64 for float64 operands), summed over at most 1,024
         positions before they are added to Lambda in its own type. The same bits for any number of threads.
-        Where torch's float32 matmul precision is not "highest", its default, processors with AVX512-VNNI read tokens, as
-        they are and projected, and bases as 16-bit integers: a relative error (norms) of about 1e-4, and of up to
+        Where torch's float32 matmul precision is not "highest", its default, processors with AVX512-VNNI read tokens,
+        as they are and projected, and bases as 16-bit integers: a relative error (norms) of about 1e-4, and of up to
         1e-3 where all numbers of a column round alike.
         On CUDA devices torch's float32 matmul precision below "highest" rounds operands to 11 bits, as
         TF32 does. At "highest" the Triton kernel reads float32 numbers as two of float16: 22 bits down to 2^-18 of

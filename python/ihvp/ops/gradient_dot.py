@@ -47,8 +47,8 @@ def gradient_dot(
     Returns:
         (Q,N), or (Q,N,T) with `per_token`; float64 if an operand is, float32 otherwise. The same bits for any number
         of threads.
-        Where torch's float32 matmul precision is not "highest", its default, processors with AVX512-VNNI read the tokens
-        of gradients as 16-bit integers: a relative error (norms) of about 1e-4.
+        Where torch's float32 matmul precision is not "highest", its default, processors with AVX512-VNNI read the
+        tokens of gradients as 16-bit integers: a relative error (norms) of about 1e-4.
         On CUDA devices torch's float32 matmul precision below "highest" rounds operands to 11 bits, as
         TF32 does. At "highest" the Triton kernel reads float32 numbers as two of float16: 22 bits down to 2^-18 of
         their example's largest.
