@@ -8,7 +8,7 @@ from typing import Any
 import ihvp
 import pytest
 import torch
-from ihvp import ops
+from ihvp import _native, ops
 from ihvp.ops._precision import float32_products
 from op_cases import BF16, F32, F64, LAYOUTS, Call, make
 from torch import Tensor
@@ -74,6 +74,20 @@ def test_the_error_is_that_of_sixteen_bits(isa: str, op: str, shape: dict[str, i
         torch.set_num_threads(2)
         assert torch.equal(call.fresh()(), got)
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("per_token", (False, True))
+@pytest.mark.parametrize(("T", "O", "I"), ((1, 32, 70), (7, 129, 48), (200, 49, 97)), ids=str)
+def test_both_orders_of_gradient_dot(isa: str, T: int, O: int, I: int, per_token: bool) -> None:
+    call = make("gradient_dot", {"N": 38, "T": T, "O": O, "I": I, "Q": 5}, bias=True, masked=True, other=per_token)
+    want = call.formula()
+    for order in ("query_first",) if per_token else ("query_first", "gradient_first"):
+        results = []
+        for threads in (1, 2):
+            out = torch.empty(want.shape)
+            _native.gradient_dot(out=out, **call.arguments, order=order, precision="int16", threads=threads)
+            results.append(out)
+        assert relative_error(results[0], want) < LIMIT and torch.equal(*results)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -163,7 +163,7 @@ void gradient_panels(T* g, const Rows& a, const Rows& delta, int64_t first, int6
 }
 
 #ifdef __AVX512VNNI__
-constexpr int64_t least_positions = 32;  // of a gradient that is worth reading in fixed point
+constexpr int64_t least_depth = 32;  // of a product that is worth reading in fixed point
 
 // Numbers that a block of gradients needs for that beside its packed tokens.
 inline int64_t fixed_size(int64_t positions, int64_t outputs, int64_t inputs) {
@@ -333,7 +333,7 @@ Status gradient_first(const View& out, const Group& group, Precision precision, 
     int64_t size_queries = dot_queries * dot_length;
     int64_t size_fixed = 0;
 #ifdef __AVX512VNNI__
-    if (sizeof(T) == sizeof(float) && precision == Precision::int16 && positions >= least_positions)
+    if (sizeof(T) == sizeof(float) && precision == Precision::int16 && positions >= least_depth)
         size_fixed = fixed_size(positions, blocks.outputs, blocks.inputs);
 #else
     (void)precision;

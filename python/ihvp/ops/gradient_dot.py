@@ -47,8 +47,9 @@ def gradient_dot(
     Returns:
         (Q,N), or (Q,N,T) with `per_token`; float64 if an operand is, float32 otherwise. The same bits for any number
         of threads.
-        Where torch's float32 matmul precision is not "highest", its default, processors with AVX512-VNNI read the
-        tokens of gradients as 16-bit integers: a relative error (norms) of about 1e-4.
+        Where torch's float32 matmul precision is not "highest", its default, processors with AVX512-VNNI read
+        tokens, and queries that meet them before there is a gradient, as 16-bit integers: a relative error (norms) of
+        about 1e-4.
         On CUDA devices torch's float32 matmul precision below "highest" rounds operands to 11 bits, as
         TF32 does. At "highest" the Triton kernel reads float32 numbers as two of float16: 22 bits down to 2^-18 of
         their example's largest.
@@ -88,6 +89,7 @@ def candidates(
     N, T, _ = a.shape
     Q, O, I = P.shape
     item = 8 if compute_dtype(P, a, delta) == torch.float64 else 4
+    narrow = item == 4 and float32_products() == "int16"
     p, M = O * I, N * T
     tokens = item * M * (O + I)
     chunk = max(T, min(M, 2048), 1)
@@ -101,6 +103,7 @@ def candidates(
         packing(0.3 * Q * p * passes + 0.6 * M * (O + I))  # P is packed between the tiles
         + short(2 * Q * rows * p, O)
         + 2e5 * Q,  # each is begun anew
+        0.35 * 2 * Q * rows * p if narrow and O >= 32 else 0.0,
     )
     pairs = padded(Q * min(O, I), 8) * padded(M, 16)
     low_rank = Candidate(
@@ -127,7 +130,7 @@ def candidates(
         packing(0.6 * M * (O + I) + again / 2 + Q * p * passes / 8)
         + short(products, T)
         + 0.6 * dots,  # they wait for P
-        0.4 * products if float32_products() == "int16" and item == 4 and T >= 32 else 0.0,
+        0.4 * products if narrow and T >= 32 else 0.0,
     )
     return [query, gradient, low_rank]
 
