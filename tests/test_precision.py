@@ -1,6 +1,9 @@
-"""weighted_ghost_dot at torch's float32 matmul precisions."""
+"""torch's float32 matmul precisions: weighted_ghost_dot at each, and those set for single backends."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -149,3 +152,30 @@ def test_a_weight_of_fewer_bits(isa: str, dtype: torch.dtype) -> None:
     given, _ = tokens_and_weight(0.05, 300, 321)
     given["weight"] = given["weight"].to(dtype)
     assert relative_error(ops.weighted_ghost_dot(**given), exact(**given)) < 1e-5
+
+
+PER_BACKEND = """
+import ihvp, torch
+from ihvp import ops
+from ihvp.ops import _registry
+from ihvp.ops._precision import cpu_precision, float32_products
+
+torch.backends.{backend}.matmul.fp32_precision = {value!r}
+assert cpu_precision() == {expected!r}, cpu_precision()
+d = [torch.randn(9, 40) for _ in range(4)]
+ops.covariance_update_(torch.zeros(40, 40), d[0])
+ops.weighted_ghost_dot(d[0], d[1], d[2], d[3], torch.rand(40, 40))
+lacks = _registry._ops["ghost_norm"]._lacks("triton", (d[0][:, None], d[1][:, None], None, False))
+assert lacks == "float32 precisions that torch.backends sets apart", lacks
+"""
+
+
+@pytest.mark.parametrize(
+    ("backend", "value", "expected"),
+    [("mkldnn", "tf32", "high"), ("mkldnn", "bf16", "medium"), ("cuda", "tf32", "highest")],
+)
+def test_precisions_of_single_backends(backend: str, value: str, expected: str) -> None:
+    """torch refuses to name a common one then; ops on the CPU go by theirs, those on GPUs run by the reference."""
+    script = PER_BACKEND.format(backend=backend, value=value, expected=expected)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

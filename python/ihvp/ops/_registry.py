@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ihvp.ops import _gpu
-from ihvp.ops._precision import float32_products
+from ihvp.ops._precision import common_precision, float32_products
 
 IMPLEMENTATIONS = ("reference", "native", "triton", "cuda")
 GPU = ("triton", "cuda")
@@ -198,6 +198,8 @@ class Op:
         """What among the arguments an implementation does not take."""
         if name in GPU and self._widest(args) == torch.float64:
             return "float64 operands"
+        if name in GPU and common_precision() is None:
+            return "float32 precisions that torch.backends sets apart"
         implementation = self.implementations[name]
         lacks = implementation.lacks if isinstance(implementation, _gpu.Lazy) else None
         return "" if lacks is None else lacks(*args)

@@ -19,6 +19,7 @@ from ihvp.ops._arguments import (
     read_tokens,
 )
 from ihvp.ops._gpu import triton
+from ihvp.ops._precision import cpu_precision
 from ihvp.ops._registry import Op
 
 
@@ -208,12 +209,12 @@ def _split(weight: Tensor) -> SplitWeight | None:
 
 def _most_given() -> float:
     """What 16-bit integers may give of a result's norm: there is a relative error of 1e-4 in it."""
-    return 0.1 if torch.get_float32_matmul_precision() == "highest" else 1.0
+    return 0.1 if cpu_precision() == "highest" else 1.0
 
 
 def _narrow(split: SplitWeight, x1: Tensor, d1: Tensor, x2: Tensor, d2: Tensor) -> tuple[SplitWeight, str]:
     """How the residual is multiplied, and the split scaled for that. "float32": as a part of the whole weight."""
-    tiles, highest = _native.isa() == "amx", torch.get_float32_matmul_precision() == "highest"
+    tiles, highest = _native.isa() == "amx", cpu_precision() == "highest"
     if tiles and not highest:
         return split, "bf16"
     fixed, wide = ("int8x3", "bf16x3") if tiles else ("int16", "float32")
