@@ -73,6 +73,7 @@ def ops(records: Sequence[Record]) -> None:
         )
     header = ["op", "threads", "ms", "spread", "GFLOP/s", "of peak", "of copy", "peer", "torch.mm", "best library"]
     print("\nTimes are medians; ratios are a rival's time over this op's. Spread: fastest to slowest sample, in ms.")
+    print(f"torch's float32 matmul precision {records[0].get('precision', 'highest')!r}, for all.")
     table([*header, "other", "order"], rows)
     goals = [(record["case"], goal) for record in records for goal in record["goals"]]
     if goals:

@@ -15,8 +15,10 @@ hypothesis.settings.load_profile("ihvp")
 
 @pytest.fixture(autouse=True)
 def process_state() -> Iterator[None]:
-    """Every test begins with the same seed, the best instruction set and one thread: most are too small to share."""
+    """Every test begins with the same seed, torch's default float32 precision, the best instruction set and one thread:
+    most are too small to share."""
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")
     isa, threads = _native.isa(), torch.get_num_threads()
     torch.set_num_threads(1)
     yield

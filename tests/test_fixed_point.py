@@ -31,11 +31,8 @@ SHAPES: tuple[dict[str, int | None], ...] = (
 
 
 @pytest.fixture(autouse=True)
-def precision() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
+def precision() -> None:
     torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def cases(op: str, shape: dict[str, int | None]) -> Iterator[Call]:

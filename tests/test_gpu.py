@@ -35,14 +35,6 @@ RUNS = [(op, name) for op in SPECS for name in on_gpu(op)]
 GROUP_RUNS = [(op, name) for op in GROUPED for name in on_gpu(op)]
 
 
-@pytest.fixture(autouse=True)
-def precision() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 def moved(value: Any) -> Any:
     """To the device, with the same strides."""
     if isinstance(value, list):

@@ -44,14 +44,10 @@ TOKENS = ("a1", "delta1", "a2", "delta2")
 def test_weighted_ghost_dot_at_torchs_precisions(isa: str, precision: str, limit: float, noise: float) -> None:
     """Narrower products, where they are faster, take the residual of a smooth weight; float32 takes a rough one."""
     given, want = tokens_and_weight(noise)
-    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
-    try:
-        got = ops.weighted_ghost_dot(**given)
-        given["weight"] *= 2  # a weight that changed in place is split anew
-        twice = ops.weighted_ghost_dot(**given)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    got = ops.weighted_ghost_dot(**given)
+    given["weight"] *= 2  # a weight that changed in place is split anew
+    twice = ops.weighted_ghost_dot(**given)
     assert relative_error(got, want) < limit
     assert relative_error(twice, 2 * want) < 2 * limit
 

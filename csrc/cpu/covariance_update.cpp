@@ -72,16 +72,16 @@ Status update_fixed(const View& C, const Rows& rows, int threads) {
     int64_t d = rows.features, longest = least(chunk_positions, rows.count),
             own = Panels<float>::size(2 * block_pairs, d);
     Workspace space;
-    FixedPanels::plan(space, 1, longest, d);
+    space.plan<float>(FixedPanels::size(1, longest, d));
     space.plan<float>(threads * own);
     if (!space.allocate()) return Status::out_of_memory;
-    FixedPanels most_x(space, 1, longest, d);
+    float* memory = space.take<float>(FixedPanels::size(1, longest, d));
     float* scratch = space.take<float>(threads * own);
 
     auto add = add_mirrored<float, S, triangle_unit<float>>(C);
     for (int64_t first = 0; first < rows.count; first += chunk_positions) {
         int64_t count = least(chunk_positions, rows.count - first);
-        FixedPanels x(most_x.words.data, most_x.units, 1, count, d);
+        FixedPanels x(memory, 1, count, d);
         Readable readable;
         parallel(threads, x.blocks.count, [&](int64_t b, int thread) {
             int64_t k0 = x.blocks.begin(b), k1 = x.blocks.end(b);

@@ -28,15 +28,16 @@ struct Side {
 
     static void plan(Workspace& space, const Rows& x, const View& U, int64_t examples, int64_t positions) {
         space.plan<float>(Panels<float>::size(examples * positions, x.features));
-        FixedPanels::plan(space, examples, positions, x.features);
-        FixedPanels::plan(space, U.data ? 1 : 0, x.features, x.features);
+        space.plan<float>(FixedPanels::size(examples, positions, x.features));
+        space.plan<float>(FixedPanels::size(U.data ? 1 : 0, x.features, x.features));
     }
     Side(Workspace& space, const Rows& x, const View& U, int64_t examples, int64_t positions)
         : x(x),
           U(U),
           projected{space.take<float>(Panels<float>::size(examples * positions, x.features)), 0, x.features},
-          fixed(space, examples, positions, x.features),
-          basis(space, U.data ? 1 : 0, x.features, x.features) {}
+          fixed(space.take<float>(FixedPanels::size(examples, positions, x.features)), examples, positions, x.features),
+          basis(space.take<float>(FixedPanels::size(U.data ? 1 : 0, x.features, x.features)), U.data ? 1 : 0,
+                x.features, x.features) {}
 };
 
 // What a thread needs to read a panel of a basis or a task's tokens.
@@ -46,8 +47,7 @@ struct Scratch {
 
     static int64_t size(int64_t d, int64_t rows) {
         int64_t columns = most(rows, W);
-        return Panels<float>::size(d, columns) + FixedPanels::size(1, d, columns) +
-               FixedPanels::count_units(1, d, columns);
+        return Panels<float>::size(d, columns) + FixedPanels::size(1, d, columns);
     }
     float* of(int thread) const { return memory + thread * own; }
 };
@@ -77,8 +77,7 @@ bool project(const Side& side, int64_t first, const Scratch& scratch, int thread
     parallel(threads, ceil_div(count, rows), [&](int64_t task, int thread) {
         int64_t at = task * rows, own = least(rows, count - at);
         Panels<float> plain{scratch.of(thread), d, own};
-        float* memory = plain.data + Panels<float>::size(d, own);
-        FixedPanels tokens(reinterpret_cast<Words*>(memory), memory + FixedPanels::size(1, d, own), 1, d, own);
+        FixedPanels tokens(plain.data + Panels<float>::size(d, own), 1, d, own);
         for (int64_t p = 0; p < plain.count(); ++p) {
             pack_transposed(plain, p, side.x, first + at);
             for (int64_t b = 0; b < tokens.blocks.count; ++b)

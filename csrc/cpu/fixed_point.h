@@ -7,11 +7,25 @@
 #include "engine.h"
 #ifdef __AVX512VNNI__
 #include <immintrin.h>
+#endif
 
 namespace ihvp {
 namespace IHVP_ISA {
 namespace {
 
+// Whether all that the threads read could be read.
+class Readable {
+  public:
+    void note(bool readable) {
+        if (!readable) __atomic_store_n(&all_, 0, __ATOMIC_RELAXED);
+    }
+    explicit operator bool() const { return all_ != 0; }
+
+  private:
+    int all_ = 1;
+};
+
+#ifdef __AVX512VNNI__
 using Words = int32_t;  // two 16-bit integers, the first one below
 
 // The engine's product over pairs of k.
@@ -90,22 +104,16 @@ struct FixedPanels {
     Panels<Words> words;
     float* units;  // of each column of each block
 
-    static void plan(Workspace& space, int64_t groups, int64_t positions, int64_t columns) {
-        space.plan<Words>(size(groups, positions, columns));
-        space.plan<float>(count_units(groups, positions, columns));
-    }
-    FixedPanels(Workspace& space, int64_t groups, int64_t positions, int64_t columns)
-        : FixedPanels(space.take<Words>(size(groups, positions, columns)),
-                      space.take<float>(count_units(groups, positions, columns)), groups, positions, columns) {}
-    FixedPanels(Words* memory, float* units, int64_t groups, int64_t positions, int64_t columns)
-        : blocks(positions), words{memory, groups * blocks.pairs, columns}, units(units) {}
-
+    // Words, then units, in one piece of memory of so many numbers.
     static int64_t size(int64_t groups, int64_t positions, int64_t columns) {
-        return Panels<Words>::size(groups * Blocks(positions).pairs, columns);
+        Blocks blocks(positions);
+        return groups * (blocks.pairs + blocks.count) * ceil_div(columns, fixed_width) * fixed_width;
     }
-    static int64_t count_units(int64_t groups, int64_t positions, int64_t columns) {
-        return groups * Blocks(positions).count * ceil_div(columns, fixed_width) * fixed_width;
-    }
+    FixedPanels(float* memory, int64_t groups, int64_t positions, int64_t columns)
+        : blocks(positions),
+          words{reinterpret_cast<Words*>(memory), groups * blocks.pairs, columns},
+          units(memory + Panels<Words>::size(words.depth, columns)) {}
+
     int64_t row(int64_t group, int64_t b) const { return group * blocks.pairs + b * blocks.each; }
     float* unit(int64_t group, int64_t b, int64_t column) const {
         return units + (group * blocks.count + b) * words.count() * fixed_width + column;
@@ -120,18 +128,6 @@ struct FixedPanels {
         quantise(words.at(row(group, b), p * fixed_width), 0, count, own, row_of);
         return readable;
     }
-};
-
-// Whether all that the threads read could be read.
-class Readable {
-  public:
-    void note(bool readable) {
-        if (!readable) __atomic_store_n(&all_, 0, __ATOMIC_RELAXED);
-    }
-    explicit operator bool() const { return all_ != 0; }
-
-  private:
-    int all_ = 1;
 };
 
 // A block's tile, in its units, added to a sum.
@@ -172,8 +168,8 @@ IHVP_INLINE void add_product(Tile<float>& sum, const FixedPanels& x, int64_t i, 
         if (ahead.data != nullptr) ahead.data += depth * ahead.stride;
     }
 }
+#endif
 
 }  // namespace
 }  // namespace IHVP_ISA
 }  // namespace ihvp
-#endif

@@ -68,11 +68,12 @@ class FixedProducts {
     static constexpr int64_t W = fixed_width;
 
     static void plan(Workspace& space, int64_t O, int64_t positions, int threads) {
-        FixedPanels::plan(space, 1, O, positions);
+        space.plan<float>(FixedPanels::size(1, O, positions));
         space.plan<float>(threads * own_size(O));
     }
     FixedProducts(Workspace& space, int64_t O, int64_t positions, int threads)
-        : delta_(space, 1, O, positions), scratch_(space.take<float>(threads * own_size(O))) {}
+        : delta_(space.take<float>(FixedPanels::size(1, O, positions)), 1, O, positions),
+          scratch_(space.take<float>(threads * own_size(O))) {}
 
     bool read(const Rows& delta, int64_t first, int64_t count, int threads) {
         delta_.words.columns = count;
@@ -88,8 +89,7 @@ class FixedProducts {
     template <class Finish>
     bool multiply(const Rows& query, int64_t i0, int64_t i1, int thread, const Finish& finish) const {
         int64_t O = delta_.blocks.k;
-        float* memory = scratch(thread) + Panels<float>::size(O, W);
-        FixedPanels panel(reinterpret_cast<Words*>(memory), memory + FixedPanels::size(1, O, W), 1, O, W);
+        FixedPanels panel(scratch(thread) + Panels<float>::size(O, W), 1, O, W);
         bool readable = true;
         for (int64_t c = 0; c < query.features; c += W) {
             Panels<float> plain{scratch(thread), O, least(W, query.features - c)};
@@ -107,7 +107,7 @@ class FixedProducts {
 
   private:
     static int64_t own_size(int64_t O) {  // a panel, packed and in fixed point
-        return Panels<float>::size(O, W) + FixedPanels::size(1, O, W) + FixedPanels::count_units(1, O, W);
+        return Panels<float>::size(O, W) + FixedPanels::size(1, O, W);
     }
     float* scratch(int thread) const { return scratch_ + thread * own_size(delta_.blocks.k); }
 
@@ -143,17 +143,16 @@ Status query_first(const View& out, const View& P, const Rows& a, const Rows& de
         pack_straight(x, a, first * positions, threads);
         int64_t blocks = most(ceil_div(rows, block_positions), least(ceil_div(rows, W), ceil_div(2 * threads, Q)));
         int64_t block = ceil_div(ceil_div(rows, blocks), tile_rows) * tile_rows;
-        int unreadable = 0;
+        Readable readable;
         parallel(threads, Q * blocks, [&](int64_t task, int thread) {
             int64_t q = task / blocks, i0 = task % blocks * block, i1 = least(rows, i0 + block);
             if (i0 >= i1) return;
             T* sums = scratch + (thread * block_positions - i0) * lanes;
             for (int64_t e = i0 * lanes; e < i1 * lanes; ++e) sums[e] = 0;
-            if (!products.multiply(matrix_rows(entry(P, q)), i0, i1, thread, RowDots<T>{sums, x, i1}))
-                __atomic_store_n(&unreadable, 1, __ATOMIC_RELAXED);
+            readable.note(products.multiply(matrix_rows(entry(P, q)), i0, i1, thread, RowDots<T>{sums, x, i1}));
             for (int64_t i = i0; i < i1; ++i) dots[q * depth + i] = sum_lanes<T>(load(sums + i * lanes));
         });
-        if (unreadable) return Status::ok;
+        if (!readable) return Status::ok;
         for (int64_t q = 0; q < Q; ++q) {
             for (int64_t n = 0; n < count; ++n) {
                 const T* at = dots + q * depth + n * positions;

@@ -168,8 +168,7 @@ constexpr int64_t least_depth = 32;  // of a product that is worth reading in fi
 // Numbers that a block of gradients needs for that beside its packed tokens.
 inline int64_t fixed_size(int64_t positions, int64_t outputs, int64_t inputs) {
     int64_t depth = least(positions, 2 * block_pairs);
-    return FixedPanels::size(1, depth, outputs) + FixedPanels::count_units(1, depth, outputs) +
-           FixedPanels::size(1, depth, inputs) + FixedPanels::count_units(1, depth, inputs);
+    return FixedPanels::size(1, depth, outputs) + FixedPanels::size(1, depth, inputs);
 }
 
 // The block of g_n in fixed point; false where a token cannot be read so.
@@ -180,9 +179,8 @@ inline bool gradient_fixed(float* g, const Rows& a, const Rows& delta, int64_t f
         int64_t count = least(2 * block_pairs, positions - t);
         float* rest = memory;
         auto take = [&](const Rows& rows, int64_t columns, int64_t first_column, bool& readable) {
-            int64_t size = FixedPanels::size(1, count, columns);
-            FixedPanels fixed(reinterpret_cast<Words*>(rest), rest + size, 1, count, columns);
-            rest += size + FixedPanels::count_units(1, count, columns);
+            FixedPanels fixed(rest, 1, count, columns);
+            rest += FixedPanels::size(1, count, columns);
             Panels<float> plain{buffer, count, columns};
             pack_straight(plain, rows, first + t, 0, count, first_column);
             for (int64_t p = 0; p < plain.count(); ++p)

@@ -31,7 +31,6 @@ Status run(const View& out, const Rows& x1, const Rows& y1, const Rows& x2, cons
     space.plan<float>(Panels<float>::size(chunk, O));
     space.plan<float>(threads * own_floats);
     space.plan<Words>(threads * own_words);
-    space.plan<bool>(threads);
     if (!space.allocate()) return Status::out_of_memory;
     Words* memory_w = space.take<Words>(blocks.pairs * padded);
     float* unit_w = space.take<float>(blocks.count * padded);
@@ -39,15 +38,8 @@ Status run(const View& out, const Rows& x1, const Rows& y1, const Rows& x2, cons
     float* memory_y = space.take<float>(Panels<float>::size(chunk, O));
     float* scratch = space.take<float>(threads * own_floats);
     Words* products = space.take<Words>(threads * own_words);
-    bool* unreadable = space.take<bool>(threads);
     float* result = static_cast<float*>(out.data);
-    for (int t = 0; t < threads; ++t) unreadable[t] = false;
-    auto all_readable = [&] {
-        for (int t = 0; t < threads; ++t) {
-            if (unreadable[t]) return false;
-        }
-        return true;
-    };
+    Readable readable;
     auto w = [&](int64_t b) { return Panels<Words>{memory_w + b * blocks.each * padded, blocks.depth(b), O}; };
 
     Panels<float> plain{memory_x, I, O};
@@ -56,16 +48,16 @@ Status run(const View& out, const Rows& x1, const Rows& y1, const Rows& x2, cons
     } else {
         pack_straight(plain, weight, 0, threads);
     }
-    parallel(threads, panels, [&](int64_t p, int thread) {
+    parallel(threads, panels, [&](int64_t p, int) {
         const float* in = plain.at(0, p * width);
         auto row = [&](int64_t k, int v) { return _mm512_loadu_ps(in + k * width + v * 16); };
         for (int64_t b = 0; b < blocks.count; ++b) {
             float* unit = unit_w + b * padded + p * width;
-            unreadable[thread] |= !find_units(unit, blocks.begin(b), blocks.end(b), row);
+            readable.note(find_units(unit, blocks.begin(b), blocks.end(b), row));
             quantise(w(b).at(0, p * width), blocks.begin(b), blocks.end(b), unit, row);
         }
     });
-    if (!all_readable()) return Status::ok;
+    if (!readable) return Status::ok;
 
     for (int64_t first = 0; first < N; first += chunk) {
         int64_t count = least(chunk, N - first);
@@ -93,7 +85,7 @@ Status run(const View& out, const Rows& x1, const Rows& y1, const Rows& x2, cons
                     return _mm512_loadu_ps(in + k * width + v * 16) * _mm512_set1_ps(row_x[k]);
                 };
                 float unit[width];
-                unreadable[thread] |= !find_units(unit, blocks.begin(b), blocks.end(b), row);
+                readable.note(find_units(unit, blocks.begin(b), blocks.end(b), row));
                 quantise(own, blocks.begin(b), blocks.end(b), unit, row);
                 for (int64_t c = 0; c < padded; ++c) scaled_y[c] = rows_y[m * padded + c] * unit_w[b * padded + c];
                 Panels<Words> left{own, blocks.depth(b), columns};
@@ -114,7 +106,7 @@ Status run(const View& out, const Rows& x1, const Rows& y1, const Rows& x2, cons
                     to[(first + p * width + c) * out.stride[1]] = sum_lanes<float>(totals[m][c]);
             }
         });
-        if (!all_readable()) return Status::ok;
+        if (!readable) return Status::ok;
     }
     done = true;
     return Status::ok;
