@@ -12,6 +12,7 @@ from ihvp.batch import Batch
 from ihvp.calculators import (
     EmpiricalInfluence,
     FirstOrderInfluenceCalculator,
+    MultiStageInfluenceCalculator,
     Order,
     RepresenterPointL2,
     RepresenterPointLJE,
@@ -73,6 +74,7 @@ __all__ = [
     "JacobiPreconditioner",
     "KroneckerIHVP",
     "LissaIHVP",
+    "MultiStageInfluenceCalculator",
     "NystroemIHVP",
     "NystroemPreconditioner",
     "Order",

@@ -160,6 +160,11 @@ class InfluenceModel:
 
     def losses(self, outputs: Any, batch: Batch, targets: Any, measurement: LossFn | None = None) -> Tensor:
         """Losses per example (N,): weighted, masked, summed over positions. A `measurement` takes loss_fn's place."""
+        losses = self.losses_apart(outputs, batch, targets, measurement)
+        return losses.sum(1) if losses.dim() == 2 else losses
+
+    def losses_apart(self, outputs: Any, batch: Batch, targets: Any, measurement: LossFn | None = None) -> Tensor:
+        """The terms of `losses` as the function returns them, per position (N,T) or per example (N,)."""
         N = batch.size
         function, who, what = (
             (self.loss_fn, "loss_fn", "loss") if measurement is None else (measurement, "measurement", "value")
@@ -181,10 +186,11 @@ class InfluenceModel:
                         f"mask must be (N,T) = {tuple(losses.shape)} as the loss, got {tuple(batch.mask.shape)}"
                     )
                 losses = torch.where(batch.mask, losses, losses.new_zeros(()))
-            losses = losses.sum(1)
         elif batch.mask is not None and batch.mask.shape[1] == 1:
             losses = torch.where(batch.mask[:, 0], losses, losses.new_zeros(()))
-        return losses if batch.weights is None else losses * batch.weights
+        if batch.weights is None:
+            return losses
+        return losses * (batch.weights if losses.dim() == 1 else batch.weights.unsqueeze(1))
 
     def draw_targets(self, outputs: Any, targets: Any, generator: torch.Generator) -> Any:
         """Targets from the model's own predictive distribution."""

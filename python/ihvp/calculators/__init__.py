@@ -4,6 +4,7 @@ from ihvp.calculators.base import InfluenceCalculator, SelfInfluenceCalculator
 from ihvp.calculators.boundary import SampleBoundaryCalculator, WeightsBoundaryCalculator
 from ihvp.calculators.empirical_if import EmpiricalInfluence
 from ihvp.calculators.first_order import FirstOrderInfluenceCalculator
+from ihvp.calculators.multi_stage import MultiStageInfluenceCalculator
 from ihvp.calculators.perturbation import input_gradients
 from ihvp.calculators.representer_l2 import RepresenterPointL2
 from ihvp.calculators.representer_lje import RepresenterPointLJE
@@ -16,6 +17,7 @@ __all__ = [
     "FirstOrderInfluenceCalculator",
     "GroupInfluence",
     "InfluenceCalculator",
+    "MultiStageInfluenceCalculator",
     "Order",
     "RepresenterPointL2",
     "RepresenterPointLJE",

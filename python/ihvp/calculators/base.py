@@ -79,6 +79,11 @@ class InfluenceCalculator(SelfInfluenceCalculator, Generic[Q]):
         super().__init__(model, train_loader)
         self.sign = sign
 
+    @property
+    def query_model(self) -> InfluenceModel:
+        """The model at whose weights queries are taken."""
+        return self.model
+
     @abstractmethod
     def _ready(self, batch: Batch, index: int) -> Q:
         """A batch of queries, made ready."""
@@ -112,7 +117,7 @@ class InfluenceCalculator(SelfInfluenceCalculator, Generic[Q]):
         for _, scores in self._blocks(self._joined([own for _, own in found]), train_loader):
             best.add(scores)
         values, indices = best.result()
-        sizes = [self.model.batch(raw).size for raw, _ in found]
+        sizes = [self.query_model.batch(raw).size for raw, _ in found]
         parts = zip(found, values.split(sizes), indices.split(sizes), strict=True)
         return iter([(raw, own_values, own_indices) for (raw, _), own_values, own_indices in parts])
 
@@ -132,7 +137,7 @@ class InfluenceCalculator(SelfInfluenceCalculator, Generic[Q]):
             yield raw, SIGNS[self.sign] * values
 
     def _queries(self, test_loader: Iterable[Any]) -> Iterator[tuple[Any, Q]]:
-        for index, (raw, batch) in enumerate(self.model.passes(test_loader, "queries")):
+        for index, (raw, batch) in enumerate(self.query_model.passes(test_loader, "queries")):
             yield raw, self._ready(batch, index)
 
     def _blocks(self, queries: Q, train_loader: Iterable[Any] | None) -> Iterator[tuple[Any, Tensor]]:

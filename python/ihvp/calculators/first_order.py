@@ -12,13 +12,15 @@ from ihvp.batch import Batch
 from ihvp.calculators.base import SIGNS, InfluenceCalculator
 from ihvp.calculators.groups import Groups, gradient_sum, paired
 from ihvp.calculators.perturbation import input_gradients
+from ihvp.calculators.token_losses import token_loss_scores
 from ihvp.capture import capture
 from ihvp.methods.base import IHVP, Vectors, concatenate, gradients
-from ihvp.methods.queries import DenseQueries, LayerQueries, Queries, concatenate_queries
+from ihvp.methods.queries import DenseQueries, LayerQueries, Queries, concatenate_queries, low_rank
 from ihvp.methods.scoring import BatchScores
 from ihvp.model import InfluenceModel, Layer, LossFn
 
 NORMALIZATIONS = ("theta", "loss")
+TOKEN_PARTS = ("position", "loss")
 
 K = TypeVar("K")
 OneDamping = TypeVar("OneDamping", bound=float | str)
@@ -43,9 +45,11 @@ class FirstOrderInfluenceCalculator(InfluenceCalculator[Queries]):
         measurement: (outputs, targets) -> (N,) or (N,T), what the influence on is asked for: g_q is then its gradient.
             None: the loss. A proponent raises minus the measurement, as it lowers the loss. The self-influence is
             always that on the loss.
+        query_rank: keeps each layer of a preconditioned query as factors of this rank, r (O + I') numbers instead of
+            O I', so that many queries fit into memory; a pass over the training data serves them all. None: whole.
 
     Source: Koh and Liang 2017 (arXiv:1703.04730), eq. 2; Barshan et al. 2020 (arXiv:2003.11630), eq. 4 and 7 (RelatIF);
-    Grosse et al. 2023 (arXiv:2308.03296), section 2.1 (measurements).
+    Grosse et al. 2023 (arXiv:2308.03296), section 2.1 (measurements) and 3.2.2 (low rank).
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class FirstOrderInfluenceCalculator(InfluenceCalculator[Queries]):
         sign: str = "proponent",
         *,
         measurement: LossFn | None = None,
+        query_rank: int | None = None,
     ) -> None:
         if not isinstance(curvature, IHVP):
             raise TypeError(f"curvature must be an IHVP object, got {type(curvature).__name__}")
@@ -68,8 +73,13 @@ class FirstOrderInfluenceCalculator(InfluenceCalculator[Queries]):
             )
         if measurement is not None and not callable(measurement):
             raise TypeError(f"measurement must be callable, got {type(measurement).__name__}")
+        if query_rank is not None and (
+            isinstance(query_rank, bool) or not isinstance(query_rank, int) or query_rank < 1
+        ):
+            raise ValueError(f"query_rank must be None or a whole number > 0, got {query_rank!r}")
         super().__init__(model, train_loader, sign)
         self.curvature = curvature
+        self.query_rank = query_rank
         self.normalize = "theta" if normalize is True else normalize
         self.measurement = measurement
         if not curvature.is_fitted:
@@ -78,7 +88,15 @@ class FirstOrderInfluenceCalculator(InfluenceCalculator[Queries]):
     # --- one batch ----------------------------------------------------------------------------------------------
 
     def _ready(self, batch: Batch, index: int) -> Queries:
-        return self.curvature.queries(batch, index=index, measurement=self.measurement)
+        return self.curvature.queries(batch, index=index, measurement=self.measurement, rank=self.query_rank)
+
+    def _to_first_stage(self, V: Vectors) -> Vectors:
+        """Gradients at the queries' weights as the curvature takes them."""
+        return V
+
+    def _to_last_stage(self, P: Vectors) -> Vectors:
+        """What the curvature made of gradients, at the queries' weights."""
+        return P
 
     def _joined(self, parts: Sequence[Queries]) -> Queries:
         return concatenate_queries(parts)
@@ -94,15 +112,19 @@ class FirstOrderInfluenceCalculator(InfluenceCalculator[Queries]):
         return {key: _divide(total, squares) for key, total in scores.totals().items()}
 
     def _self_values(self, batch: Batch, index: int) -> Tensor:
-        return _divide(self.curvature.quadratic(batch, 1, index=index), self._squares(batch, index))
+        return _divide(self._quadratic(batch, 1, index), self._squares(batch, index))
 
     def _squares(self, batch: Batch, index: int) -> Tensor | None:
         """The squares of what RelatIF divides by."""
         if self.normalize is False:
             return None
-        return self.curvature.quadratic(batch, 2 if self.normalize == "theta" else 1, index=index)
+        return self._quadratic(batch, 2 if self.normalize == "theta" else 1, index)
 
-    # --- by layer, by block, by damping -------------------------------------------------------------------------
+    def _quadratic(self, batch: Batch, power: int, index: int) -> Tensor:
+        """The self-influence; for power 2 the square of the norm of what the example changes in the weights."""
+        return self.curvature.quadratic(batch, power, index=index)
+
+    # --- by layer, by block, by token, by damping ---------------------------------------------------------------
 
     def scores_by_layer(
         self, test_loader: Iterable[Any], train_loader: Iterable[Any] | None = None
@@ -117,6 +139,39 @@ class FirstOrderInfluenceCalculator(InfluenceCalculator[Queries]):
         """Block of the curvature -> (Q,N), its part of the scores; they sum to `scores`."""
         queries = self._joined([own for _, own in self._queries(test_loader)])
         return self._scores_of_parts(self._by_block(queries), train_loader)
+
+    def scores_by_token(
+        self, test_loader: Iterable[Any], train_loader: Iterable[Any] | None = None, *, of: str = "position"
+    ) -> Iterator[tuple[Any, Tensor]]:
+        """For each training batch (batch, (Q,B,T)): what its tokens have of the scores, which they sum to.
+
+        of="position" takes g_n apart by where the layers read it, g_n = sum_t delta[n,t] a[n,t]^T: what a token brings
+        to its own and to all later losses. It costs what `scores` does. The tracked layers must have the same
+        positions. of="loss" takes it apart by the loss's terms, g_n = sum_t gradient of loss[n,t]: what it is to be
+        trained to predict this token after those before it. loss_fn must return (N,T).
+
+        A batch's scores are computed as it is asked for.
+
+        Source: Grosse et al. 2023 (arXiv:2308.03296), sections 3.3 and 5.3.3.
+        """
+        if of not in TOKEN_PARTS:
+            raise ValueError(f"of must be one of {', '.join(TOKEN_PARTS)}, got {of!r}")
+        queries = self._joined([own for _, own in self._queries(test_loader)])
+        return self._token_scores(queries, train_loader, of)
+
+    def _token_scores(
+        self, queries: Queries, train_loader: Iterable[Any] | None, of: str
+    ) -> Iterator[tuple[Any, Tensor]]:
+        P = {name: own.dense() for name, own in queries.items()} if of == "loss" else {}
+        for index, (raw, batch) in enumerate(self.model.passes(self._data(train_loader), "scores by token")):
+            if of == "loss":
+                scores = token_loss_scores(self.model, P, batch, index=index)
+            else:
+                sink = BatchScores(self.model, {"": queries}, batch, index, per_token=True)
+                capture(self.model, batch, sink, index=index)
+                scores = sink.totals()[""]
+            squares = self._squares(batch, index)
+            yield raw, SIGNS[self.sign] * _divide(scores, None if squares is None else squares.unsqueeze(1))
 
     def explore_damping(
         self,
@@ -135,13 +190,13 @@ class FirstOrderInfluenceCalculator(InfluenceCalculator[Queries]):
             raise ValueError(f'dampings must list numbers or "auto", at least one, got {dampings!r}')
         g = concatenate(
             [
-                gradients(self.model, batch, index=index, measurement=self.measurement)
-                for index, (_, batch) in enumerate(self.model.passes(test_loader, "queries"))
+                gradients(self.query_model, batch, index=index, measurement=self.measurement)
+                for index, (_, batch) in enumerate(self.query_model.passes(test_loader, "queries"))
             ]
         )
-        solved = self.curvature.solve(g, list(dampings))
+        solved = self.curvature.solve(self._to_first_stage(g), list(dampings))
         queries: Queries = {name: DenseQueries(P.flatten(0, 1)) for name, P in solved.items()}
-        by_block = self._scores_of_parts(self._by_block(queries), train_loader)
+        by_block = self._scores_of_parts(self._by_block(low_rank(queries, self.model, self.query_rank)), train_loader)
         chunks = {block: scores.chunk(len(dampings)) for block, scores in by_block.items()}
         return {damping: {block: own[i] for block, own in chunks.items()} for i, damping in enumerate(dampings)}
 
@@ -199,10 +254,11 @@ class FirstOrderInfluenceCalculator(InfluenceCalculator[Queries]):
         for train, test in paired(train_groups, test_groups):
             g, _ = gradient_sum(self.model, train)
             P = self.curvature.solve(g)
-            own = test is train and self.measurement is None
-            query = g if own else gradient_sum(self.model, test, measurement=self.measurement)[0]
-            squares = {"theta": (P, P), "loss": (g, P)}.get(str(self.normalize))
-            value = _divide(dot(query, P), None if squares is None else dot(*squares))
+            own = test is train and self.measurement is None and self.query_model is self.model
+            query = g if own else gradient_sum(self.query_model, test, measurement=self.measurement)[0]
+            moved = self._to_last_stage(P)
+            squares = {"theta": (moved, moved), "loss": (g, P)}.get(str(self.normalize))
+            value = _divide(dot(query, moved), None if squares is None else dot(*squares))
             yield SIGNS[self.sign] * value.view(1, 1)
 
 

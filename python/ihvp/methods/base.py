@@ -20,7 +20,7 @@ from ihvp.batch import Batch, FiniteChecks
 from ihvp.capture import capture
 from ihvp.methods.blocks import Block, BlockStructure, make_blocks
 from ihvp.methods.damping import Damping, check_damping
-from ihvp.methods.queries import DenseQueries, LayerQueries, Queries, small_layers
+from ihvp.methods.queries import DenseQueries, LayerQueries, Queries, low_rank, small_layers, truncated
 from ihvp.model import InfluenceModel, Layer, LossFn
 
 if TYPE_CHECKING:
@@ -159,14 +159,19 @@ class IHVP(ABC):
         batches = enumerate(self.model.passes(loader, description))
         return concatenate([f(gradients(self.model, batch, index=i)) for i, (_, batch) in batches])
 
-    def queries(self, batch: Batch, *, index: int = 0, measurement: LossFn | None = None) -> Queries:
+    def queries(
+        self, batch: Batch, *, index: int = 0, measurement: LossFn | None = None, rank: int | None = None
+    ) -> Queries:
         """The batch's gradients, preconditioned with the object's damping, ready to score training data.
 
-        Gradients of the loss, or of a `measurement` (outputs, targets) -> (N,) or (N,T).
+        Gradients of the loss, or of a `measurement` (outputs, targets) -> (N,) or (N,T). With a `rank` each is kept as
+        factors of it, layer by layer, but for small layers of which there are many.
         """
-        self._check_fitted()
-        P = self._solve(gradients(self.model, batch, index=index, measurement=measurement), self.damping)
-        return {name: DenseQueries(p) for name, p in P.items()}
+        return self.precondition(gradients(self.model, batch, index=index, measurement=measurement), rank)
+
+    def precondition(self, g: Vectors, rank: int | None = None) -> Queries:
+        """What `queries` makes of gradients, here given."""
+        return low_rank({name: DenseQueries(P) for name, P in self.solve(g).items()}, self.model, rank)
 
     def quadratic(self, batch: Batch, power: int = 1, *, index: int = 0) -> Tensor:
         """g_n^T (F + damping I)^-power g_n for every example (N,), power 1 or 2.
@@ -234,7 +239,9 @@ class LayerwiseIHVP(IHVP):
     @abstractmethod
     def _solve_layer(self, name: str, V: Tensor, damping: Damping) -> Tensor: ...
 
-    def queries(self, batch: Batch, *, index: int = 0, measurement: LossFn | None = None) -> Queries:
+    def queries(
+        self, batch: Batch, *, index: int = 0, measurement: LossFn | None = None, rank: int | None = None
+    ) -> Queries:
         self._check_fitted()
         found: Queries = {}
         small, g = small_layers(self.model), Vectors()
@@ -243,12 +250,13 @@ class LayerwiseIHVP(IHVP):
             if layer.name in small:
                 g[layer.name] = ops.per_sample_gradient(a, delta, mask=mask, bias=layer.bias)
             else:
-                found[layer.name] = self._queries_layer(layer, a, delta, mask)
+                found[layer.name] = truncated(self._queries_layer(layer, a, delta, mask), layer, rank)
 
         capture(self.model, batch, sink, index=index, measurement=measurement)
         found |= {name: DenseQueries(P) for name, P in self._solve(g, self.damping).items()}
         zeros = complete(self.model, dict.fromkeys(found, torch.empty(0)), batch.size)
-        return {name: found[name] if name in found else DenseQueries(zeros[name]) for name in self.model.layers}
+        missing = low_rank({name: DenseQueries(zeros[name]) for name in zeros if name not in found}, self.model, rank)
+        return {name: found[name] if name in found else missing[name] for name in self.model.layers}
 
     def _queries_layer(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> LayerQueries:
         g = ops.per_sample_gradient(a, delta, mask=mask, bias=layer.bias)

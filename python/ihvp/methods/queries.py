@@ -1,4 +1,4 @@
-"""Preconditioned queries P, kept in the cheapest form that scores: dense, as tokens, or as tokens in the eigenbasis."""
+"""Preconditioned queries P in the cheapest form that scores: dense, of low rank, or tokens, also in the eigenbasis."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from ihvp import ops
+from ihvp.batch import all_finite
 from ihvp.model import InfluenceModel, Layer
 
 NARROW = 128  # the widest side of a small layer
 MANY = 8  # fewer small layers are not worth collecting
+OVERSAMPLING = 8  # directions beyond the rank in which it is looked for
 
 
 def small_layers(model: InfluenceModel) -> frozenset[str]:
@@ -34,8 +36,8 @@ class LayerQueries(ABC):
         """Q."""
 
     @abstractmethod
-    def scores(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> Tensor:
-        """(Q,N): <P_q, g_n>."""
+    def scores(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None, *, per_token: bool = False) -> Tensor:
+        """(Q,N): <P_q, g_n>; with `per_token` its terms (Q,N,T)."""
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -74,14 +76,41 @@ class DenseQueries(LayerQueries):
     def size(self) -> int:
         return self.P.shape[0]
 
-    def scores(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> Tensor:
-        return ops.gradient_dot(self.P, a, delta, mask=mask, bias=layer.bias)
+    def scores(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None, *, per_token: bool = False) -> Tensor:
+        return ops.gradient_dot(self.P, a, delta, mask=mask, bias=layer.bias, per_token=per_token)
 
     def dense(self) -> Tensor:
         return self.P
 
     def joined(self, others: Sequence[LayerQueries]) -> LayerQueries:
         return DenseQueries(torch.cat([self.P, *(one.dense() for one in others)]))
+
+
+@dataclass
+class LowRankQueries(LayerQueries):
+    """P_q = L_q R_q, L (Q,O,r) and R (Q,r,I')."""
+
+    L: Tensor
+    R: Tensor
+
+    @property
+    def size(self) -> int:
+        return self.L.shape[0]
+
+    def scores(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None, *, per_token: bool = False) -> Tensor:
+        return ops.gradient_dot_low_rank(self.L, self.R, a, delta, mask=mask, bias=layer.bias, per_token=per_token)
+
+    def dense(self) -> Tensor:
+        return self.L @ self.R
+
+    def joined(self, others: Sequence[LayerQueries]) -> LayerQueries:
+        own = [self, *(one for one in others if isinstance(one, LowRankQueries))]
+        rank = max(one.R.shape[1] for one in own)
+        L, R = (
+            torch.cat([_padded(x, rank) for x in parts])
+            for parts in ([one.L.mT for one in own], [one.R for one in own])
+        )
+        return LowRankQueries(L.mT, R)
 
 
 @dataclass
@@ -99,9 +128,11 @@ class TokenQueries(LayerQueries):
     def size(self) -> int:
         return self.x.shape[0]
 
-    def scores(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> Tensor:
+    def scores(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None, *, per_token: bool = False) -> Tensor:
         Q, T_q, I = self.x.shape
         O, T = self.d.shape[2], a.shape[1]
+        if per_token:  # tokens are the factors of P
+            return ops.gradient_dot_low_rank(self.d.mT, self.x, a, delta, mask=mask, bias=layer.bias, per_token=True)
         # FLOPs of the Gram products against those of g_n and its dots with P, for each example.
         if Q * T_q * T * (O + I) < O * I * (T + Q):
             a = written_out(layer, a)
@@ -147,17 +178,18 @@ class EigenbasisQueries(LayerQueries):
     def size(self) -> int:
         return self.x.shape[0]
 
-    def scores(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> Tensor:
+    def scores(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None, *, per_token: bool = False) -> Tensor:
         (Q, I), O = self.x.shape, self.d.shape[1]
         N, T, _ = a.shape
         self.seen += N
         if T == 1 and self._dense is None and self.seen * (O * O + I * I) <= Q * O * I * (O + I):
             x = ops.eigenbasis_project(a, self.basis.U_A, mask=mask, bias=layer.bias)
             d = ops.eigenbasis_project(delta, self.basis.U_G, mask=mask)
-            return ops.weighted_ghost_dot(self.x, self.d, x, d, self.basis.weight)
+            scores = ops.weighted_ghost_dot(self.x, self.d, x, d, self.basis.weight)
+            return scores.unsqueeze(2) if per_token else scores
         if self._dense is None:
             self._dense = self.dense()
-        return ops.gradient_dot(self._dense, a, delta, mask=mask, bias=layer.bias)
+        return ops.gradient_dot(self._dense, a, delta, mask=mask, bias=layer.bias, per_token=per_token)
 
     def dense(self) -> Tensor:
         rotated = self.d.unsqueeze(2) * self.x.unsqueeze(1) * self.basis.weight
@@ -166,6 +198,40 @@ class EigenbasisQueries(LayerQueries):
     def joined(self, others: Sequence[LayerQueries]) -> LayerQueries:
         own = [self, *(one for one in others if isinstance(one, EigenbasisQueries))]
         return EigenbasisQueries(torch.cat([one.x for one in own]), torch.cat([one.d for one in own]), self.basis)
+
+
+def low_rank(queries: Queries, model: InfluenceModel, rank: int | None) -> Queries:
+    """Queries `truncated`, but for small layers of which there are many."""
+    small = small_layers(model)
+    return {name: own if name in small else truncated(own, model.layers[name], rank) for name, own in queries.items()}
+
+
+def truncated(queries: LayerQueries, layer: Layer, rank: int | None) -> LayerQueries:
+    """Each P_q of rank at most `rank`, nearly the best in the Frobenius norm; P as it is where that is no larger.
+
+    Raises FloatingPointError when a query is not finite; names the layer.
+
+    Source: Grosse et al. 2023 (arXiv:2308.03296), section 3.2.2; Halko et al. 2011 (arXiv:0909.4061), algorithm 5.1.
+    """
+    O, I = layer.shape
+    if rank is None or rank * (O + I) >= O * I:
+        return queries
+    if isinstance(queries, TokenQueries) and queries.x.shape[1] <= rank:
+        return LowRankQueries(queries.d.mT, queries.x)
+    P = queries.dense()
+    if not all_finite(P):
+        raise FloatingPointError(f"layer {layer.name!r}: a preconditioned query is not finite")
+    if len(P) == 0:
+        return LowRankQueries(P.new_empty(0, O, rank), P.new_empty(0, rank, I))
+    # The subspace is found from random vectors, always the same ones; the user's generator is as it was.
+    generator = torch.cuda.default_generators[P.device.index] if P.is_cuda else torch.default_generator
+    state = generator.get_state()
+    try:
+        generator.manual_seed(0)
+        U, values, V = torch.svd_lowrank(P, min(rank + OVERSAMPLING, O, I), niter=2)
+    finally:
+        generator.set_state(state)
+    return LowRankQueries((U * values.unsqueeze(1))[..., :rank].contiguous(), V[..., :rank].mT.contiguous())
 
 
 def written_out(layer: Layer, a: Tensor) -> Tensor:

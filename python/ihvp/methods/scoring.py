@@ -24,21 +24,33 @@ class BatchScores(Generic[K]):
     """A sink of `capture`: the (Q,N) scores of a batch for several queries, each of all layers or of some.
 
     A layer is scored as it comes. Small ones wait with their tokens, until all have come or WAITING bytes are held, and
-    are scored by one call: `ops.gradient_dot_grouped`.
+    are scored by one call: `ops.gradient_dot_grouped`. With `per_token` the scores are (Q,N,T) and no layer waits.
     """
 
-    def __init__(self, model: InfluenceModel, parts: Mapping[K, Queries], batch: Batch, index: int) -> None:
-        self.parts, self.index = parts, index
-        self._small = small_layers(model)
+    def __init__(
+        self, model: InfluenceModel, parts: Mapping[K, Queries], batch: Batch, index: int, *, per_token: bool = False
+    ) -> None:
+        self.parts, self.index, self.per_token = parts, index, per_token
+        self._small = frozenset() if per_token else small_layers(model)
+        self._first: tuple[str, int] | None = None  # the layer that came first, and its positions
         self._finite = FiniteChecks()
         self._waiting: list[Tokens] = []
         self._bytes = 0
         self._totals: dict[K, Tensor] = {}
         for key, queries in parts.items():
             Q = next(iter(queries.values())).size
-            self._totals[key] = torch.zeros(Q, batch.size, dtype=model.dtype, device=model.device)
+            shape = (Q, batch.size, 1) if per_token else (Q, batch.size)
+            self._totals[key] = torch.zeros(shape, dtype=model.dtype, device=model.device)
 
     def __call__(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
+        if self.per_token:
+            first, T = self._first = self._first or (layer.name, a.shape[1])
+            if a.shape[1] != T:
+                raise ValueError(
+                    f"scores by token need layers of the same positions, got {T} in {first!r} and {a.shape[1]} in "
+                    f"{layer.name!r}: a layer that is used several times has its uses one after the other; leave some "
+                    "out by layers=[...]"
+                )
         if layer.name not in self._small:
             for key in self.parts:
                 self._add(key, layer, a, delta, mask)
@@ -49,7 +61,7 @@ class BatchScores(Generic[K]):
             self._score_waiting()
 
     def totals(self) -> dict[K, Tensor]:
-        """(Q,N) for each of the queries, when all layers have come."""
+        """(Q,N), or (Q,N,T), for each of the queries, when all layers have come."""
         self._score_waiting()
         self._finite.finish()
         return self._totals
@@ -57,7 +69,8 @@ class BatchScores(Generic[K]):
     def _add(self, key: K, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None) -> None:
         queries = self.parts[key]
         if layer.name in queries:
-            self._totals[key] = self._totals[key] + queries[layer.name].scores(layer, a, delta, mask)
+            scores = queries[layer.name].scores(layer, a, delta, mask, per_token=self.per_token)
+            self._totals[key] = self._totals[key] + scores
             check_finite(self._finite, layer, self.index, score=self._totals[key])
 
     def _score_waiting(self) -> None:

@@ -1,0 +1,56 @@
+"""Scores of single terms of a training example's loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ihvp.batch import Batch, all_finite
+from ihvp.capture import untouched
+from ihvp.methods.base import Vectors
+from ihvp.methods.products import vjp
+from ihvp.model import InfluenceModel
+
+CHUNK = 16  # queries differentiated at once
+
+
+def token_loss_scores(model: InfluenceModel, P: Vectors, batch: Batch, *, index: int = 0) -> Tensor:
+    """(Q,N,T): <P_q, gradient of the loss of example n at position t alone>.
+
+    That is J P_q, J the Jacobian of the (N,T) losses, which no backward pass for each position is needed for: J is the
+    transpose of the linear map u -> J^T u, so pulling back through that pushes CHUNK queries forward at a time.
+
+    Args:
+        P: layer name -> (Q,O,I').
+        index: number of the batch, for errors.
+
+    Raises:
+        ValueError: loss_fn returns one loss per example. FloatingPointError: a score is not finite; names the batch.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), untouched(model.net):
+        for p in model.net.parameters():
+            p.requires_grad_(False)
+        batch = batch.outside_inference()
+        weights = {name: p.detach() for name, p in model.weights.items()}
+
+        def losses(weights: dict[str, Tensor]) -> Tensor:
+            outputs = torch.func.functional_call(model.net, weights, batch.args, dict(batch.kwargs))
+            return model.losses_apart(outputs, batch, batch.targets)
+
+        terms: Tensor
+        terms, pull_back = vjp(losses, weights)
+        if terms.dim() != 2:
+            raise ValueError(f"the loss at each token needs a loss_fn that returns (N,T), got {tuple(terms.shape)}")
+        _, push = vjp(pull_back, torch.zeros_like(terms))
+        directions = {
+            key: p.to(weights[key].dtype)
+            for name, layer in model.layers.items()
+            for key, p in layer.split(P[name]).items()
+        }
+        if not len(next(iter(P.values()))):
+            return terms.new_zeros(0, *terms.shape, dtype=model.dtype)
+        pushed: Tensor = torch.vmap(push, chunk_size=CHUNK, randomness="same")(directions)
+        scores = pushed.detach().to(model.dtype)
+    if not all_finite(scores):
+        raise FloatingPointError(f"the scores of single losses of batch {index} are not finite")
+    return scores
