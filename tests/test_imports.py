@@ -25,7 +25,7 @@ FLOORS = (
     {"_native", "_cuda"},
     {"ops"},
     {"layers"},
-    {"batch", "cache", "model"},
+    {"batch", "cache", "model", "prefilter"},
     {"capture"},
     {"methods"},
     {"calculators"},

@@ -14,6 +14,7 @@ from ihvp.calculators import (
     FirstOrderInfluenceCalculator,
     MultiStageInfluenceCalculator,
     Order,
+    ProximalBregmanCalculator,
     RepresenterPointL2,
     RepresenterPointLJE,
     SampleBoundaryCalculator,
@@ -48,6 +49,7 @@ from ihvp.methods import (
 )
 from ihvp.model import InfluenceModel
 from ihvp.ops._registry import explain, use
+from ihvp.prefilter import tfidf_candidates
 
 __version__ = "0.1.0"
 
@@ -78,6 +80,7 @@ __all__ = [
     "NystroemIHVP",
     "NystroemPreconditioner",
     "Order",
+    "ProximalBregmanCalculator",
     "RepresenterPointL2",
     "RepresenterPointLJE",
     "SampleBoundaryCalculator",
@@ -89,5 +92,6 @@ __all__ = [
     "load",
     "make_ihvp",
     "ops",
+    "tfidf_candidates",
     "use",
 ]

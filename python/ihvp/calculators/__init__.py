@@ -2,6 +2,7 @@
 
 from ihvp.calculators.base import InfluenceCalculator, SelfInfluenceCalculator
 from ihvp.calculators.boundary import SampleBoundaryCalculator, WeightsBoundaryCalculator
+from ihvp.calculators.bregman import ProximalBregmanCalculator
 from ihvp.calculators.empirical_if import EmpiricalInfluence
 from ihvp.calculators.first_order import FirstOrderInfluenceCalculator
 from ihvp.calculators.multi_stage import MultiStageInfluenceCalculator
@@ -19,6 +20,7 @@ __all__ = [
     "InfluenceCalculator",
     "MultiStageInfluenceCalculator",
     "Order",
+    "ProximalBregmanCalculator",
     "RepresenterPointL2",
     "RepresenterPointLJE",
     "SampleBoundaryCalculator",
