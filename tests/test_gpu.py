@@ -15,6 +15,7 @@ from grouped_cases import GROUPED, group_formula, make_group
 from ihvp import ops
 from ihvp.ops import _gpu
 from ihvp.ops._registry import DEVICES, GPU, implementations
+from nets import cross_entropy
 from op_cases import BF16, F32, SPECS, Call, make
 from tolerance import assert_close
 from torch import Tensor, nn
@@ -148,4 +149,21 @@ def test_scores_of_a_net_are_those_of_the_cpu(implementation: str) -> None:
         with ihvp.use(implementation) if device == "cuda" else contextlib.nullcontext():
             curvature = ihvp.EKFACIHVP(model, data, damping="auto")
             found.append(ihvp.FirstOrderInfluenceCalculator(model, data, curvature).scores(data[:1]).cpu())
+    assert (found[1] - found[0]).norm() <= 1e-3 * found[0].norm()
+
+
+@pytest.mark.parametrize("implementation", ["reference", *(name for name in GPU if name == "triton")])
+def test_token_scores_and_queries_of_low_rank_are_those_of_the_cpu(implementation: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(19, 14), nn.Tanh(), nn.Linear(14, 16))  # with subspaces that are whole
+    x, y = torch.randn(12, 40, 19), torch.randint(16, (12, 40))
+    found = []
+    for device in ("cpu", "cuda"):
+        data = [(own.to(device), targets.to(device)) for own, targets in zip(x.split(4), y.split(4), strict=True)]
+        model = ihvp.InfluenceModel(copy.deepcopy(net).to(device), cross_entropy)
+        curvature = ihvp.EKFACIHVP(model, data, damping="auto")
+        calculator = ihvp.FirstOrderInfluenceCalculator(model, data, curvature, query_rank=7)
+        with ihvp.use(implementation) if device == "cuda" else contextlib.nullcontext():
+            parts = [calculator.scores_by_token(data[:1], of=of) for of in ("position", "loss")]
+            found.append(torch.stack([torch.cat([scores for _, scores in own], dim=1).cpu() for own in parts]))
     assert (found[1] - found[0]).norm() <= 1e-3 * found[0].norm()
