@@ -28,6 +28,7 @@ Sink = Callable[[Layer, Tensor, Tensor, "Tensor | None"], None]
 class _Use:
     """One use of a layer in the forward pass. `version` tells whether its input was overwritten since."""
 
+    module: nn.Module
     a: Tensor
     version: int
     delta: Tensor | None = None
@@ -208,7 +209,7 @@ class _Capture:
                     )
                 return _tap(output, self.root, lambda delta: None)
             x = args[0] if args else kwargs["input"]
-            use = _Use(x.detach(), x._version)
+            use = _Use(module, x.detach(), x._version)
             self.uses.setdefault(layer, []).append(use)
             self.seen.add(layer)
             return _tap(output, self.root, lambda delta: self.receive(layer, use, delta))
@@ -239,9 +240,8 @@ class _Capture:
 
     def hand_over(self, layer: Layer, uses: list[_Use]) -> None:
         del self.uses[layer]
-        module = layer.modules[0]
-        a = [layer.type.activation(module, use.a) for use in uses]
-        delta = [layer.type.output_gradient(module, use.delta) for use in uses if use.delta is not None]
+        a = [layer.type.activation(use.module, use.a) for use in uses]
+        delta = [layer.type.output_gradient(use.module, use.delta) for use in uses if use.delta is not None]
         masks = [self.mask(layer, use, x) for use, x in zip(uses, a, strict=True)]
         for use in uses:
             del use.a, use.delta  # the graph still holds the use

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ihvp.batch import Batch, as_batch
 from ihvp.cache import TokenCache
-from ihvp.layers import LAYER_TYPES, LayerType
+from ihvp.layers import LAYER_TYPES, LayerType, unsupported
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -253,13 +253,11 @@ def _tracked(net: nn.Module, wanted: Sequence[str | type[nn.Module]] | None) -> 
                 raise ValueError(f"layers: no module of {what}; the net has {', '.join(map(repr, weighted)) or 'none'}")
             chosen.update(found)
         chosen = {name: module for name, module in weighted.items() if name in chosen}
-    unsupported = [
-        f"{name!r} ({type(module).__name__})" for name, module in chosen.items() if type(module) not in LAYER_TYPES
-    ]
-    if unsupported:
-        supported = [name for name, module in weighted.items() if type(module) in LAYER_TYPES]
+    refused = [f"{name!r} ({what})" for name, module in chosen.items() if (what := unsupported(module))]
+    if refused:
+        supported = [name for name, module in weighted.items() if not unsupported(module)]
         raise TypeError(
-            f"unsupported layers: {', '.join(unsupported)}. Supported types: "
+            f"unsupported layers: {', '.join(refused)}. Supported types: "
             f"{', '.join(module.__name__ for module in LAYER_TYPES)}. Leave them out by layers=[...], for example "
             f"layers={supported!r} or layers=[torch.nn.Linear], or add a file to ihvp/layers"
         )

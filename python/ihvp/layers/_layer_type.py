@@ -13,7 +13,8 @@ class LayerType:
     """How one kind of module maps to the canonical tokens `a` (N,T,I), `delta` (N,T,O) and to matrices (O,I').
 
     `activation` and `output_gradient` take (module, tensor), the tensor's first dimension being the example. `split`
-    takes a matrix (..., O, I') apart into the module's own parameters by name, and `join` puts them together.
+    takes a matrix (..., O, I') apart into views of it, the module's own parameters by name, and `join` puts them
+    together. `lacks` says of a module what is not supported about it, "" if nothing.
     """
 
     module: type[nn.Module]
@@ -24,3 +25,4 @@ class LayerType:
     output_gradient: Callable[[nn.Module, Tensor], Tensor]
     split: Callable[[nn.Module, Tensor], dict[str, Tensor]]
     join: Callable[[nn.Module, dict[str, Tensor]], Tensor]
+    lacks: Callable[[nn.Module], str] = lambda module: ""

@@ -1,0 +1,71 @@
+"""nn.Conv1d, 2d and 3d of one group: a linear layer whose positions are the outputs', and whose inputs their patches.
+
+Y[o,t] = <W[o], patch_t> + b[o], so g = sum_t delta_t [patch_t; 1]^T, features ordered as the weight is: channel first.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from math import prod
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ihvp.layers._layer_type import LayerType
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+def patches(dims: int, module: nn.Module, x: Tensor) -> Tensor:
+    """(N,C,*) -> (N,T,C k): what the kernel sees at each of the T places of the output."""
+    own = cast(Conv, module)
+    if x.dim() != dims + 2:
+        raise ValueError(f"expected (N, channels, {dims} dimensions), got {tuple(x.shape)}")
+    spans = [dilation * (size - 1) + 1 for size, dilation in zip(own.kernel_size, own.dilation, strict=True)]
+    x = F.pad(x, margins(own, spans), mode="constant" if own.padding_mode == "zeros" else own.padding_mode)
+    for i, span in enumerate(spans):
+        x = x.unfold(2 + i, span, own.stride[i])[..., :: own.dilation[i]]
+    places, kernel = range(2, 2 + dims), range(2 + dims, 2 + 2 * dims)
+    return x.permute(0, *places, 1, *kernel).flatten(1 + dims).flatten(1, dims)
+
+
+def margins(module: Conv, spans: list[int]) -> list[int]:
+    """What is padded, as torch.nn.functional.pad takes it: the last dimension first."""
+    pairs = []
+    for i, span in enumerate(spans):
+        if module.padding == "same":
+            pairs.append([(span - 1) // 2, span - 1 - (span - 1) // 2])
+        else:
+            pairs.append([0, 0] if isinstance(module.padding, str) else [int(module.padding[i])] * 2)
+    return [margin for pair in reversed(pairs) for margin in pair]
+
+
+def split(module: nn.Module, matrix: Tensor) -> dict[str, Tensor]:
+    own = cast(Conv, module)
+    weights = matrix if own.bias is None else matrix[..., :-1]
+    weight = weights.unflatten(-1, own.weight.shape[1:])
+    return {"weight": weight} if own.bias is None else {"weight": weight, "bias": matrix[..., -1]}
+
+
+def join(module: nn.Module, parameters: dict[str, Tensor]) -> Tensor:
+    weights = parameters["weight"].flatten(1)
+    return weights if module.bias is None else torch.cat([weights, parameters["bias"].unsqueeze(-1)], dim=-1)
+
+
+def convolution(module: type[nn.Module], dims: int) -> LayerType:
+    return LayerType(
+        module=module,
+        outputs=lambda module: cast(Conv, module).out_channels,
+        inputs=lambda module: prod(cast(Conv, module).weight.shape[1:]),
+        bias=lambda module: module.bias is not None,
+        activation=partial(patches, dims),
+        output_gradient=lambda module, delta: delta.flatten(2).mT,
+        split=split,
+        join=join,
+        lacks=lambda module: "" if cast(Conv, module).groups == 1 else f"of {module.groups} groups",
+    )
+
+
+CONVOLUTIONS = convolution(nn.Conv1d, 1), convolution(nn.Conv2d, 2), convolution(nn.Conv3d, 3)
