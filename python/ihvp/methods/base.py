@@ -134,6 +134,32 @@ class IHVP(ABC):
         other.damping = damping
         return other
 
+    def merge(self, *others: IHVP) -> Self:
+        """The fit to all of their data together: a new object with this one's damping and model.
+
+        For methods whose state is a sum or a list over the data: each part of it is fitted by a process of its own and
+        brought here, by a file or otherwise. The result is that of one fit to rounding. EKFAC objects must have been
+        fitted with one `basis`; parts of a sampled Fisher matrix need seeds of their own.
+
+        Raises:
+            TypeError: an object of another class. RuntimeError: one is not fitted. ValueError: its layers or arguments
+            are others, or they do not add up. NotImplementedError: the method's state is neither.
+        """
+        for i, other in enumerate((self, *others)):
+            if type(other) is not type(self):
+                raise TypeError(
+                    f"others[{i - 1}] must be of the class {type(self).__name__}, got {type(other).__name__}"
+                )
+            other._check_fitted()
+            _check_alike(f"others[{i - 1}]", other, self)
+        merged = copy.copy(self)
+        merged._merge(others)
+        return merged
+
+    def _merge(self, others: Sequence[Any]) -> None:
+        """Take the data of others of this class over. What is shared with another object is replaced, never changed."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be merged: its state is no sum over the data")
+
     def multiply(self, V: Vectors) -> Vectors:
         """F V, undamped. Shapes and errors as for `solve`."""
         self._check_fitted()
@@ -226,6 +252,16 @@ class IHVP(ABC):
                     f"V[{name!r}] must be (Q,O,I') with O={O}, I'={I}, one Q for all layers, got {tuple(V[name].shape)}"
                 )
         return {name: V[name].to(self.model.dtype) for name in layers}
+
+
+def _check_alike(who: str, other: IHVP, own: IHVP) -> None:
+    layers, expected = ({name: layer.shape for name, layer in one.model.layers.items()} for one in (other, own))
+    if layers != expected:
+        raise ValueError(f"{who} must have the layers (O,I') {expected}, got {layers}")
+    free = ("damping", "seed")
+    config, wanted = ({key: x for key, x in one._config().items() if key not in free} for one in (other, own))
+    if config != wanted:
+        raise ValueError(f"{who} must have the arguments {wanted}, got {config}")
 
 
 class LayerwiseIHVP(IHVP):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,14 @@ class DiagonalIHVP(LayerwiseIHVP):
         check_reached(model, reached)
         self._sums, self._examples = sums, examples
         return self
+
+    def _merge(self, others: Sequence[DiagonalIHVP]) -> None:
+        parts = (self, *others)
+        self._sums = {
+            name: torch.stack([part._sums[name].to(x.device) for part in parts]).sum(0)
+            for name, x in self._sums.items()
+        }
+        self._examples = sum(part._examples for part in parts)
 
     @property
     def evals(self) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ihvp.methods.kronecker import (
     Eigen,
     InputGroups,
     KroneckerIHVP,
+    add_covariances,
     eigen_state,
     eigendecompose,
     read_sums,
@@ -61,6 +62,7 @@ class EKFACIHVP(KroneckerIHVP):
     ) -> None:
         self.update_eigen = update_eigen
         self._sum_Lambda: dict[str, Tensor] = {}
+        self._examples = 0  # of Lambda
         self._Lambda: dict[str, Tensor] = {}
         self._bounds: dict[str, list[float]] = {}
         super().__init__(model, hessian_loader, damping, fisher, seed)
@@ -72,15 +74,50 @@ class EKFACIHVP(KroneckerIHVP):
     def is_fitted(self) -> bool:
         return bool(self._Lambda)
 
-    def fit(self, loader: Iterable[Any]) -> EKFACIHVP:
-        sums = sum_covariances(self.model, loader, self.fisher, self.seed)
-        eigen = eigendecompose(self.model, sums)
-        sum_Lambda = self._sum_diagonals(loader, eigen) if self.update_eigen else {}
-        self._take(sums, eigen, sum_Lambda)
+    def fit(self, loader: Iterable[Any], basis: KroneckerIHVP | None = None) -> EKFACIHVP:
+        """Two passes over the data. A fitted KFAC or EKFAC object of the same layers as `basis` saves the first: its A
+        and G are taken with their eigenvectors, so that Lambda alone is measured. Objects that have measured it on
+        parts of the data in one basis can be merged.
+        """
+        if basis is None:
+            sums = sum_covariances(self.model, loader, self.fisher, self.seed)
+            eigen = eigendecompose(self.model, sums)
+        else:
+            sums, eigen = self._basis_of(basis)
+        sum_Lambda, examples = self._sum_diagonals(loader, eigen) if self.update_eigen else ({}, 0)
+        self._take(sums, eigen, sum_Lambda, examples)
         return self
 
-    def _sum_diagonals(self, loader: Iterable[Any], eigen: dict[str, Eigen]) -> dict[str, Tensor]:
-        """The second pass: the sum over examples of (U_G^T g_n U_A)^2, in float64."""
+    def _basis_of(self, basis: KroneckerIHVP) -> tuple[dict[str, CovarianceSums], dict[str, Eigen]]:
+        if not isinstance(basis, KroneckerIHVP):
+            raise TypeError(f"basis must be a KFACIHVP or EKFACIHVP, got {type(basis).__name__}")
+        basis._check_fitted()
+        expected, got = ({name: layer.shape for name, layer in one.model.layers.items()} for one in (self, basis))
+        if got != expected:
+            raise ValueError(f"basis must have the layers (O,I') {expected}, got {got}")
+        return read_sums(self.model, sums_state(basis._sums) | eigen_state(basis._eigen))
+
+    def _merge(self, others: Sequence[EKFACIHVP]) -> None:
+        parts = (self, *others)
+        if not self.update_eigen:
+            sums = add_covariances([own._sums for own in parts])
+            self._take(sums, eigendecompose(self.model, sums), {}, 0)
+            return
+        sum_Lambda = {}
+        for name, own in self._eigen.items():
+            for i, other in enumerate(others):
+                found = other._eigen[name]
+                if not all(torch.equal(x, y.to(x)) for x, y in ((own.U_A, found.U_A), (own.U_G, found.U_G))):
+                    raise ValueError(
+                        f"layer {name!r}: others[{i}] measured Lambda in another eigenbasis; merge KFACIHVP objects "
+                        "first, and fit each part with the result as basis"
+                    )
+            added = [part._sum_Lambda[name] for part in parts]
+            sum_Lambda[name] = torch.stack([x.to(added[0].device) for x in added]).sum(0)
+        self._take(self._sums, self._eigen, sum_Lambda, sum(part._examples for part in parts))
+
+    def _sum_diagonals(self, loader: Iterable[Any], eigen: dict[str, Eigen]) -> tuple[dict[str, Tensor], int]:
+        """The second pass: the sum over examples of (U_G^T g_n U_A)^2, in float64, and their number."""
         model = self.model
         sums = {
             name: torch.zeros(layer.shape, dtype=torch.float64, device=model.device)
@@ -89,6 +126,7 @@ class EKFACIHVP(KroneckerIHVP):
         finite = FiniteChecks()
         generator = target_generator(self.fisher, self.seed)
         reached: set[str] = set()
+        examples = 0
         for index, batch in batches(model, loader, "eigenvalues"):
 
             def take(group: list[tuple[Layer, Tensor]], a: Tensor, mask: Tensor | None, index: int = index) -> None:
@@ -107,18 +145,26 @@ class EKFACIHVP(KroneckerIHVP):
             capture(model, batch, groups, index=index, generator=generator)
             groups.flush()
             finite.finish()
+            examples += batch.size
         check_reached(model, reached)
-        return sums
+        return sums, examples
 
-    def _take(self, sums: dict[str, CovarianceSums], eigen: dict[str, Eigen], sum_Lambda: dict[str, Tensor]) -> None:
+    def _take(
+        self,
+        sums: dict[str, CovarianceSums],
+        eigen: dict[str, Eigen],
+        sum_Lambda: dict[str, Tensor],
+        examples: int,
+    ) -> None:
         dtype = self.model.dtype
         if self.update_eigen:
-            Lambda = {name: (sum_Lambda[name] / own.examples).to(dtype) for name, own in sums.items()}
+            Lambda = {name: (x / max(examples, 1)).to(dtype) for name, x in sum_Lambda.items()}
         else:
             Lambda = {name: torch.outer(own.values_G, own.values_A).to(dtype) for name, own in eigen.items()}
         # One transfer for all layers: each solve asks for them.
         bounds = torch.stack([torch.stack([x.mean(), x.min(), x.max()]) for x in Lambda.values()]).tolist()
-        self._sums, self._eigen, self._sum_Lambda, self._Lambda = sums, eigen, sum_Lambda, Lambda
+        self._sums, self._eigen, self._Lambda = sums, eigen, Lambda
+        self._sum_Lambda, self._examples = sum_Lambda, examples
         self._bounds = dict(zip(Lambda, bounds, strict=True))
 
     def _eigenvalues(self, name: str) -> Tensor:
@@ -173,18 +219,22 @@ class EKFACIHVP(KroneckerIHVP):
 
     def state_dict(self) -> dict[str, Tensor]:
         self._check_fitted()
-        diagonals = {f"{name}/sum_Lambda": x for name, x in self._sum_Lambda.items()}
-        return sums_state(self._sums) | eigen_state(self._eigen) | diagonals
+        state = sums_state(self._sums) | eigen_state(self._eigen)
+        if self.update_eigen:
+            state |= {f"{name}/sum_Lambda": x for name, x in self._sum_Lambda.items()}
+            state["examples"] = torch.tensor(self._examples)
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         shapes = state_shapes(self.model)
         if self.update_eigen:
             shapes |= {f"{name}/sum_Lambda": layer.shape for name, layer in self.model.layers.items()}
+            shapes["examples"] = ()
         own = read_state(state, shapes, "EKFACIHVP")
         diagonals = {
             name: own[f"{name}/sum_Lambda"].to(self.model.device) for name in self.model.layers if self.update_eigen
         }
-        self._take(*read_sums(self.model, own), diagonals)
+        self._take(*read_sums(self.model, own), diagonals, int(own["examples"]) if self.update_eigen else 0)
 
 
 def _projected_once(

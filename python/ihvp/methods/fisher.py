@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ihvp.methods.tokens import (
     gradient_sums,
     join,
     kernel,
+    on_device,
     read_tokens,
     rows,
     token_batches,
@@ -89,6 +90,22 @@ class FisherIHVP(FlatIHVP):
                     self._add(sums, kept.pop())
         self._take(examples, sums, join(kept) if kept else {})
         return self
+
+    def _merge(self, others: Sequence[FisherIHVP]) -> None:
+        parts = (self, *others)
+        examples = sum(part._examples for part in parts)
+        tokens = [on_device(part._tokens, self.model) for part in parts if part._tokens]
+        if len(tokens) == len(parts) and examples < max(self._block_size(block) for block in self.blocks):
+            self._take(examples, {}, join(tokens))
+            return
+        sums = {block: self._zeros(block) for block in self.blocks}
+        for own in tokens:
+            self._add(sums, own)
+        for part in parts:
+            if not part._tokens:
+                for block, total in sums.items():
+                    total += part._sums[block].to(total.device)
+        self._take(examples, sums, {})
 
     def _zeros(self, block: str) -> Tensor:
         p = self._block_size(block)

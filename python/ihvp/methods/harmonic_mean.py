@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ihvp.methods.tokens import (
     gradient_dots,
     gradient_sums,
     join,
+    on_device,
     read_tokens,
     squared_norms,
     token_batches,
@@ -59,6 +60,9 @@ class InverseHarmonicMeanIHVP(FlatIHVP):
     def fit(self, loader: Iterable[Any]) -> InverseHarmonicMeanIHVP:
         self._take(join(list(token_batches(self.model, loader, "harmonic mean"))))
         return self
+
+    def _merge(self, others: Sequence[InverseHarmonicMeanIHVP]) -> None:
+        self._take(join([on_device(own._tokens, self.model) for own in (self, *others)]))
 
     def _take(self, tokens: Tokens) -> None:
         self._norms = {block: squared_norms(wide(within(tokens, own))) for block, own in self.blocks.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -32,6 +32,9 @@ class IdentityIHVP(LayerwiseIHVP):
     def fit(self, loader: Iterable[Any]) -> IdentityIHVP:
         """Nothing to sum; the loader is not read."""
         return self
+
+    def _merge(self, others: Sequence[IdentityIHVP]) -> None:
+        """Nothing to add."""
 
     def _scale(self, name: str, damping: Damping) -> float:
         return 1 / (1 + resolve_damping(damping, name, 1.0))

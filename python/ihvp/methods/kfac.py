@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ihvp.methods.kronecker import (
     CovarianceSums,
     Eigen,
     KroneckerIHVP,
+    add_covariances,
     eigen_state,
     eigendecompose,
     read_sums,
@@ -78,6 +79,10 @@ class KFACIHVP(KroneckerIHVP):
         sums = sum_covariances(self.model, loader, self.fisher, self.seed)
         self._take(sums, eigendecompose(self.model, sums))
         return self
+
+    def _merge(self, others: Sequence[KFACIHVP]) -> None:
+        sums = add_covariances([own._sums for own in (self, *others)])
+        self._take(sums, eigendecompose(self.model, sums))
 
     def _take(self, sums: dict[str, CovarianceSums], eigen: dict[str, Eigen]) -> None:
         self._sums, self._eigen, self._factors = sums, eigen, {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -163,6 +163,26 @@ def sum_covariances(model: InfluenceModel, loader: Iterable[Any], fisher: str, s
         return own[0] if len(own) == 1 else torch.stack(own).sum(0)
 
     return {name: CovarianceSums(sum_A(name), sums_G[name], positions[name], examples) for name in model.layers}
+
+
+def add_covariances(parts: Sequence[dict[str, CovarianceSums]]) -> dict[str, CovarianceSums]:
+    """Those of all the data, from those of its parts. Layers that share a sum in every part share the result."""
+    made: dict[tuple[int, ...], Tensor] = {}
+
+    def add(own: Sequence[Tensor]) -> Tensor:
+        key = tuple(map(id, own))
+        if key not in made:
+            made[key] = torch.stack([x.to(own[0].device) for x in own]).sum(0)
+        return made[key]
+
+    result = {}
+    for name in parts[0]:
+        own = [part[name] for part in parts]
+        positions, examples = sum(one.positions for one in own), sum(one.examples for one in own)
+        result[name] = CovarianceSums(
+            add([one.sum_A for one in own]), add([one.sum_G for one in own]), positions, examples
+        )
+    return result
 
 
 def _zeros(d: int, device: torch.device) -> Tensor:

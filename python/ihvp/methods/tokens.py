@@ -56,6 +56,10 @@ def join(kept: Sequence[Tokens]) -> Tokens:
     return result
 
 
+def on_device(tokens: Tokens, model: InfluenceModel) -> Tokens:
+    return {name: (x.to(model.device), d.to(model.device)) for name, (x, d) in tokens.items()}
+
+
 def within(tokens: Tokens, block: Block) -> Tokens:
     """The tokens of a block's columns."""
     return {name: (tokens[name][0][..., own], tokens[name][1]) for name, own in block.items()}
