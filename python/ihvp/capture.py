@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ihvp.batch import Batch, FiniteChecks
 from ihvp.cache import TokenCache, Tokens
@@ -79,6 +80,18 @@ def untouched(net: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for owner, key, buffer, value in buffers:
                 owner[key] = buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def differentiable(model: InfluenceModel) -> Iterator[None]:
+    """Where torch.func may differentiate the net again and again; it is left as it was.
+
+    Attention runs by plain products here: torch's fused kernels have no second derivatives.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), untouched(model.net), sdpa_kernel(SDPBackend.MATH):
+        for p in model.net.parameters():
+            p.requires_grad_(False)
+        yield
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from ihvp.batch import Batch
 from ihvp.calculators.base import SelfInfluenceCalculator
 from ihvp.calculators.functional import call, displaced
 from ihvp.calculators.perturbation import input_of
-from ihvp.capture import untouched
+from ihvp.capture import differentiable
 from ihvp.model import InfluenceModel
 
 Logits = Callable[..., Tensor]
@@ -59,9 +59,7 @@ class BoundaryCalculator(SelfInfluenceCalculator):
         """The net's outputs as a function of (batch of one example, its displacement), and no displacement (N,D)."""
 
     def _self_values(self, batch: Batch, index: int) -> Tensor:
-        with torch.inference_mode(False), untouched(self.model.net):
-            for p in self.model.net.parameters():
-                p.requires_grad_(False)
+        with differentiable(self.model):
             batch = batch.outside_inference()
             outputs, zero = self._displaced(batch, index)
             if batch.size == 0:

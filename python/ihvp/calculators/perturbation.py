@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ihvp.batch import Batch
-from ihvp.capture import untouched
+from ihvp.capture import differentiable
 from ihvp.methods.base import Vectors
 from ihvp.model import InfluenceModel
 
@@ -35,9 +35,7 @@ def input_gradients(model: InfluenceModel, P: Vectors, batch: Batch, *, index: i
 
     Source: Koh and Liang 2017 (arXiv:1703.04730), eq. 5.
     """
-    with torch.inference_mode(False), torch.enable_grad(), untouched(model.net):
-        for p in model.net.parameters():
-            p.requires_grad_(False)
+    with differentiable(model):
         batch = batch.outside_inference()
         x, with_input = input_of(batch, index)
         weights = {name: p.detach() for name, p in model.weights.items()}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ihvp.batch import Batch, all_finite
-from ihvp.capture import untouched
+from ihvp.capture import differentiable
 from ihvp.methods.base import Vectors
 from ihvp.methods.products import vjp
 from ihvp.model import InfluenceModel
@@ -27,9 +27,7 @@ def token_loss_scores(model: InfluenceModel, P: Vectors, batch: Batch, *, index:
     Raises:
         ValueError: loss_fn returns one loss per example. FloatingPointError: a score is not finite; names the batch.
     """
-    with torch.inference_mode(False), torch.enable_grad(), untouched(model.net):
-        for p in model.net.parameters():
-            p.requires_grad_(False)
+    with differentiable(model):
         batch = batch.outside_inference()
         weights = {name: p.detach() for name, p in model.weights.items()}
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ihvp.batch import Batch, all_finite
-from ihvp.capture import replaced_outputs, untouched
+from ihvp.capture import differentiable, replaced_outputs
 from ihvp.layers import LINEAR
 from ihvp.methods.blocks import Block
 from ihvp.methods.queries import written_out
@@ -85,7 +85,7 @@ def layer_derivatives(model: InfluenceModel, batch: Batch, index: int) -> LayerD
     linear = all(layer.type is LINEAR and len(layer.modules) == 1 for layer in layers.values())
     if not linear or nbytes > BYTES or batch.size == 0:
         return None
-    with torch.inference_mode(False), torch.enable_grad(), untouched(model.net):
+    with differentiable(model):
         if _used_beside_layers(model, batch):
             return None
         for p in model.net.parameters():

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ihvp.batch import Batch, all_finite
-from ihvp.capture import untouched
+from ihvp.capture import differentiable
 from ihvp.methods.base import batches
 from ihvp.methods.blocks import Block, apart, block_size, columns
 from ihvp.methods.tokens import Tokens, gradient_dots, gradient_sums, token_batches, within
@@ -270,8 +270,6 @@ class _Bytes(TorchDispatchMode):
 
 @contextlib.contextmanager
 def differentiating(model: InfluenceModel) -> Iterator[_Bytes]:
-    """Where torch.func may differentiate the net, which is left as it was."""
-    with torch.inference_mode(False), torch.enable_grad(), untouched(model.net), _Bytes() as counted:
-        for p in model.net.parameters():
-            p.requires_grad_(False)
+    """`differentiable`, with a count of what is made there."""
+    with differentiable(model), _Bytes() as counted:
         yield counted
