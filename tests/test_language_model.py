@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import ihvp
 import pytest
 import torch
 import torch.nn.functional as F
-from ihvp import EKFACIHVP, Batch, FirstOrderInfluenceCalculator, InfluenceModel, tfidf_candidates
-from nets import cross_entropy
+from ihvp import (
+    EKFACIHVP,
+    Batch,
+    FirstOrderInfluenceCalculator,
+    IdentityIHVP,
+    InfluenceModel,
+    tfidf_candidates,
+)
+from nets import assert_near, cross_entropy
 from torch import Tensor, nn
 
 CAPITALS = {
@@ -23,6 +34,7 @@ FORMS = (
     "we say that {} is led from {}",
 )
 PAD = 0
+README = Path(__file__).parent.parent / "README.md"
 
 
 class Transformer(nn.Module):
@@ -130,3 +142,47 @@ def test_candidates_by_words_keep_what_matters(trained: Trained) -> None:
     assert len(kept) < len(trained.texts) / 2
     some = own.scores([queries], trained.batches([trained.texts[i] for i in kept.tolist()]))
     assert torch.equal(kept[some.topk(3).indices], own.scores([queries]).topk(3).indices)
+
+
+# --- as the README says -------------------------------------------------------------------------------------------
+
+
+class HuggingFace(nn.Module):
+    """The arguments and the result of a model of that library."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.inner(input_ids))
+
+
+def test_the_batches_of_a_tokenizer(trained: Trained) -> None:
+    """The README's code, over the whole sequences; the last position has no target and no share."""
+    code = re.search(r"```python\n(def next_tokens.*?\n)\nmodel = ", README.read_text(), re.DOTALL)
+    assert code is not None
+    names: dict[str, Any] = {"torch": torch, "ihvp": ihvp}
+    exec(code[1], names)
+    loss_fn, next_tokens = names["loss_fn"], names["next_tokens"]
+
+    def tokenized(texts: list[str]) -> dict[str, Tensor]:
+        own = trained.batch(texts)
+        ids = torch.cat([own.args[0], own.targets[:, -1:]], dim=1)
+        return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
+
+    net = HuggingFace(trained.model.net)
+    model = InfluenceModel(net, loss_fn, layers=[nn.Linear], process_batch=next_tokens, progress=False)
+    data, queries = [tokenized(trained.texts[i : i + 16]) for i in (0, 16, 32)], [tokenized(QUERIES)]
+    outer, inner = (
+        FirstOrderInfluenceCalculator(own, loader, IdentityIHVP(own), query_rank=40)
+        for own, loader in ((model, data), (trained.model, trained.batches(trained.texts)))
+    )
+    assert_near(outer.scores(queries), inner.scores([trained.batch(QUERIES)]).double(), 1e-4)
+    found = [scores for _, scores in outer.scores_by_token(queries, of="loss")]
+    want = [scores for _, scores in inner.scores_by_token([trained.batch(QUERIES)], of="loss")]
+    for got, own in zip(found, want, strict=True):
+        assert_near(got[..., :-1], own.double(), 1e-4)
+        assert not got[..., -1].any()
+    sampled = EKFACIHVP(model, data, damping="auto", fisher="sampled")
+    assert FirstOrderInfluenceCalculator(model, data, sampled).scores(queries).shape == (10, 40)
