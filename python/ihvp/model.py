@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ihvp.batch import Batch, as_batch
 from ihvp.cache import TokenCache
-from ihvp.layers import LAYER_TYPES, LayerType, unsupported
+from ihvp.layers import LayerType, layer_type, supported, unsupported
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -255,11 +255,11 @@ def _tracked(net: nn.Module, wanted: Sequence[str | type[nn.Module]] | None) -> 
         chosen = {name: module for name, module in weighted.items() if name in chosen}
     refused = [f"{name!r} ({what})" for name, module in chosen.items() if (what := unsupported(module))]
     if refused:
-        supported = [name for name, module in weighted.items() if not unsupported(module)]
+        others = [name for name, module in weighted.items() if not unsupported(module)]
         raise TypeError(
             f"unsupported layers: {', '.join(refused)}. Supported types: "
-            f"{', '.join(module.__name__ for module in LAYER_TYPES)}. Leave them out by layers=[...], for example "
-            f"layers={supported!r} or layers=[torch.nn.Linear], or add a file to ihvp/layers"
+            f"{supported()}. Leave them out by layers=[...], for example "
+            f"layers={others!r} or layers=[torch.nn.Linear], or add a file to ihvp/layers"
         )
     groups: dict[tuple[int, ...], list[str]] = {}
     for name, module in chosen.items():
@@ -277,7 +277,8 @@ def _tracked(net: nn.Module, wanted: Sequence[str | type[nn.Module]] | None) -> 
     layers = {}
     for names in groups.values():
         module = chosen[names[0]]
-        kind = LAYER_TYPES[type(module)]
+        kind = layer_type(module)
+        assert kind is not None
         modules = tuple(chosen[name] for name in names)
         layers[names[0]] = Layer(names[0], modules, kind, kind.outputs(module), kind.inputs(module), kind.bias(module))
     return layers

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 class LayerType:
     """How one kind of module maps to the canonical tokens `a` (N,T,I), `delta` (N,T,O) and to matrices (O,I').
 
-    `activation` and `output_gradient` take (module, tensor), the tensor's first dimension being the example. `split`
-    takes a matrix (..., O, I') apart into views of it, the module's own parameters by name, and `join` puts them
-    together. `lacks` says of a module what is not supported about it, "" if nothing.
+    `module` is a class, or the full name of one in a library that may be missing. `activation` and `output_gradient`
+    take (module, tensor), the tensor's first dimension being the example. `split` takes a matrix (..., O, I') apart
+    into views of it, the module's own parameters by name, and `join` puts them together. `lacks` says of a module what
+    is not supported about it, "" if nothing.
     """
 
-    module: type[nn.Module]
+    module: type[nn.Module] | str
     outputs: Callable[[nn.Module], int]
     inputs: Callable[[nn.Module], int]
     bias: Callable[[nn.Module], bool]
