@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from ihvp import Batch, FirstOrderInfluenceCalculator, InfluenceModel
-from nets import F64, METHODS, assert_near, cross_entropy, flat
+from ihvp import Batch, CgIHVP, ExactIHVP, FirstOrderInfluenceCalculator, InfluenceModel
+from nets import F64, METHODS, assert_near, cross_entropy, flat, second_derivative
 from torch import Tensor, nn
 
 DAMPING = 0.3
@@ -180,14 +180,138 @@ def test_float32_and_channels_last() -> None:
     assert_near(got, want, 1e-4)
 
 
+# --- groups ------------------------------------------------------------------------------------------------------
+
+
+class Apart(nn.Module):
+    """A convolution of groups as one without for each group, under names whose order is the groups'."""
+
+    def __init__(self, own: nn.Module) -> None:
+        super().__init__()
+        cls, width = type(own), own.out_channels // own.groups
+        options = {key: getattr(own, key) for key in ("stride", "padding", "dilation", "padding_mode")}
+        for j in range(own.groups):
+            part = cls(own.in_channels // own.groups, width, own.kernel_size, bias=own.bias is not None, **options)
+            with torch.no_grad():
+                part.weight.copy_(own.weight[j * width : (j + 1) * width])
+                if own.bias is not None:
+                    part.bias.copy_(own.bias[j * width : (j + 1) * width])
+            self.add_module(str(j), part.double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat(
+            [part(own) for part, own in zip(self.children(), x.chunk(len(self._modules), 1), strict=True)], 1
+        )
+
+
+GROUPED = {
+    "line of two groups": nn.Conv1d(4, 6, 3, stride=2, groups=2, padding=1),
+    "plane, each channel its own": nn.Conv2d(3, 6, 2, groups=3, bias=False, padding_mode="circular", padding=1),
+    "space": nn.Conv3d(4, 2, (2, 1, 3), groups=2, dilation=(1, 2, 1)),
+}
+
+
+class Grouped(nn.Module):
+    def __init__(self, own: nn.Module, outputs: int) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.own, self.head = own, nn.Linear(outputs, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.own(x).tanh().flatten(2).sum(2))
+
+
+def grouped(name: str) -> tuple[Grouped, Grouped, Batch]:
+    torch.manual_seed(2)
+    own = copy.deepcopy(GROUPED[name]).double()
+    x = torch.randn(7, own.in_channels, *SIDES[own.weight.dim() - 2], dtype=F64)
+    nets = Grouped(own, own.out_channels), Grouped(Apart(own), own.out_channels)
+    return *nets, Batch(args=(x,), targets=torch.randint(3, (7,)))
+
+
+@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize("method", [method for method in METHODS if "parameter" not in method])
+def test_each_group_is_a_layer_of_its_own(method: str, name: str) -> None:
+    *nets, data = grouped(name)
+    assert torch.allclose(nets[0](data.args[0]), nets[1](data.args[0]), atol=1e-12)
+    found = []
+    for net in nets:
+        calculator = made(net, [data], method, None)
+        V = calculator.curvature.compute_ihvp([data])
+        multiplied = calculator.curvature.multiply(V)
+        plainly = FirstOrderInfluenceCalculator(calculator.model, [data], calculator.curvature)
+        found.append(
+            (
+                calculator.scores([data]),
+                calculator.self_scores(),
+                flat(V),
+                flat(multiplied),
+                plainly.perturbation([data]),
+            )
+        )
+        names = list(calculator.model.layers)
+    assert names == [f"own.{j}" for j in range(nets[0].own.groups)] + ["head"]
+    for got, want in zip(*found, strict=True):
+        assert_near(got, want)
+    model = InfluenceModel(nets[0], cross_entropy, progress=False)
+    assert list(model.layers) == [f"own/{j}" for j in range(nets[0].own.groups)] + ["head"]
+    assert model.nb_params == sum(p.numel() for p in nets[0].parameters())
+
+
+@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton", "fisher"])
+def test_products_and_blocks_of_groups(curvature: str, name: str) -> None:
+    """Iterative methods, whose blocks may hold some groups of a parameter, and blocks of every structure."""
+    *nets, data = grouped(name)
+    count = nets[0].own.groups
+    split = {"first": ["own/0", "head"], "rest": [f"own/{j}" for j in range(1, count)]}
+    other = {"first": ["own.0", "head"], "rest": [f"own.{j}" for j in range(1, count)]}
+    structures = {"full": ("full", "full"), "layer": ("layer", "layer"), "some": (split, other)}
+    for structure in structures.values():
+        found = []
+        for net, blocks in zip(nets, structure, strict=True):
+            model = InfluenceModel(net, cross_entropy, progress=False)
+            exact = ExactIHVP(model, [data], 20.0, curvature, block_structure=blocks)
+            cg = CgIHVP(model, [data], 20.0, curvature=curvature, block_structure=blocks, rtol=1e-12, atol=1e-12)
+            found.append(tuple(flat(own.compute_ihvp([data])) for own in (exact, cg)))
+        (exact, cg), (want, _) = found
+        assert_near(exact, want)
+        assert_near(cg, want, 1e-9)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_parameter_of_groups_is_one_block(name: str) -> None:
+    net, _, data = grouped(name)
+    model = InfluenceModel(net, cross_entropy, progress=False)
+    exact = ExactIHVP(model, [data], 2.0, block_structure="parameter")
+    own = dict(net.named_parameters())
+    assert list(exact.blocks) == [key for key in own]
+    for key, p in own.items():
+
+        def loss(x: Tensor, key: str = key) -> Tensor:
+            outputs = torch.func.functional_call(net, {key: x}, data.args)
+            return cross_entropy(outputs, data.targets).mean()
+
+        hessian = second_derivative(loss)(p.detach()).reshape(p.numel(), p.numel())
+        assert_near(exact.state_dict()[f"{key}/matrix"], hessian.detach())
+    with pytest.raises(ValueError, match=r"parameter 'own\.weight' is in two blocks: 'a' and 'b'"):
+        ExactIHVP(model, [data], block_structure={"a": ["own/0"], "b": ["own.weight"]})
+    with pytest.raises(ValueError, match=r"every tracked parameter must be in a block; 'own\.weight'"):
+        ExactIHVP(model, [data], block_structure={"a": ["own/0", "head"]})
+
+
+def test_groups_there_and_back() -> None:
+    net, _, _ = grouped("line of two groups")
+    model = InfluenceModel(net, cross_entropy, progress=False)
+    own = dict(net.named_parameters())
+    several = {key: torch.randn(5, *p.shape, dtype=F64) for key, p in own.items()}
+    V = {name: layer.join(several) for name, layer in model.layers.items()}
+    assert {name: x.shape for name, x in V.items()} == {n: (5, *layer.shape) for n, layer in model.layers.items()}
+    for key, x in model.split(V).items():
+        assert torch.equal(x, several[key])
+
+
 # --- errors ------------------------------------------------------------------------------------------------------
-
-
-def test_groups_are_refused_and_named() -> None:
-    net = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(4, 2))
-    with pytest.raises(TypeError, match=r"unsupported layers: '0' \(Conv2d of 2 groups\).* for example layers=\['2'\]"):
-        InfluenceModel(net, cross_entropy)
-    assert list(InfluenceModel(net, cross_entropy, layers=[nn.Linear]).layers) == ["2"]
 
 
 def test_an_image_without_its_batch_is_named() -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,21 @@ from tqdm.auto import tqdm
 
 from ihvp.batch import Batch, as_batch
 from ihvp.cache import TokenCache
-from ihvp.layers import LayerType, layer_type, supported, unsupported
+from ihvp.layers import LayerType, layer_types, supported
 
 LossFn = Callable[[Any, Any], Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A tracked layer. `modules` are the modules that share its parameters, most often one."""
+    """A tracked layer. `modules` are the modules that share its parameters, most often one.
+
+    A group of a convolution is a layer, whose part of each parameter is `rows`.
+    """
 
     name: str
+    module: str  # the name in the net of the first of
     modules: tuple[nn.Module, ...]
     type: LayerType
     outputs: int
@@ -34,23 +39,32 @@ class Layer:
         """(O, I')."""
         return self.outputs, self.inputs + self.bias
 
+    @property
+    def rows(self) -> slice:
+        return slice(None) if self.type.rows is None else self.type.rows
+
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The layer's parameters by their names in the net."""
-        return {
-            f"{self.name}.{key}" if self.name else key: p for key, p in self.modules[0].named_parameters(recurse=False)
-        }
+        """Its modules' parameters by their names in the net."""
+        return {self._named(key): p for key, p in self.modules[0].named_parameters(recurse=False)}
 
     def split(self, matrix: Tensor) -> dict[str, Tensor]:
-        """(..., O, I') as parameters by their names in the net."""
-        return {
-            f"{self.name}.{key}" if self.name else key: value
-            for key, value in self.type.split(self.modules[0], matrix).items()
-        }
+        """(..., O, I') as the layer's rows of parameters, by their names in the net."""
+        return {self._named(key): value for key, value in self.type.split(self.modules[0], matrix).items()}
+
+    def join(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The way back, from whole parameters (..., *)."""
+        own = {}
+        for key, p in self.modules[0].named_parameters(recurse=False):
+            at: tuple[Any, ...] = (..., self.rows, *[slice(None)] * (p.dim() - 1))
+            own[key] = parameters[self._named(key)][at]
+        return self.type.join(self.modules[0], own)
 
     def matrix(self) -> Tensor:
         """The layer's parameters as one (O,I') matrix, detached."""
-        own = {key: p.detach() for key, p in self.modules[0].named_parameters(recurse=False)}
-        return self.type.join(self.modules[0], own)
+        return self.join({key: p.detach() for key, p in self.parameters().items()})
+
+    def _named(self, key: str) -> str:
+        return f"{self.module}.{key}" if self.module else key
 
 
 class InfluenceModel:
@@ -108,7 +122,7 @@ class InfluenceModel:
         if isinstance(cache_bytes, bool) or not isinstance(cache_bytes, int) or cache_bytes < 0:
             raise ValueError(f"cache_bytes must be a whole number >= 0, got {cache_bytes!r}")
         self.cache = TokenCache(cache_bytes) if cache_bytes > 0 else None
-        self.layers = _between(_tracked(net, layers), start_layer, last_layer)
+        self.layers = _layers(_between(_tracked(net, layers), start_layer, last_layer))
 
     def clear_cache(self) -> None:
         """Forget kept tokens. Needed only after a change that autograd cannot see, as through `parameter.data`."""
@@ -118,6 +132,15 @@ class InfluenceModel:
     @property
     def nb_params(self) -> int:
         return sum(outputs * inputs for outputs, inputs in (layer.shape for layer in self.layers.values()))
+
+    def split(self, V: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Layer name -> (..., O, I') as parameters (..., *) by their names in the net."""
+        found: dict[str, list[Tensor]] = {}
+        for name, layer in self.layers.items():
+            for key, part in layer.split(V[name]).items():
+                found.setdefault(key, []).append(part)
+        first = next(iter(V.values())).dim() - 2  # dimension of a parameter
+        return {key: own[0] if len(own) == 1 else torch.cat(own, dim=first) for key, own in found.items()}
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:
@@ -229,8 +252,8 @@ def draw_classes(outputs: Any, targets: Any, generator: torch.Generator) -> Tens
     return torch.where(targets < 0, targets, drawn.clamp_max(logits.shape[-1] - 1).to(targets.dtype))
 
 
-def _tracked(net: nn.Module, wanted: Sequence[str | type[nn.Module]] | None) -> dict[str, Layer]:
-    """The wanted modules as layers; modules that share all their parameters are one layer."""
+def _tracked(net: nn.Module, wanted: Sequence[str | type[nn.Module]] | None) -> dict[str, tuple[nn.Module, ...]]:
+    """The wanted modules; those that share all their parameters are together, under the name of the first."""
     weighted = {
         name: module for name, module in net.named_modules() if next(module.parameters(recurse=False), None) is not None
     }
@@ -253,9 +276,9 @@ def _tracked(net: nn.Module, wanted: Sequence[str | type[nn.Module]] | None) -> 
                 raise ValueError(f"layers: no module of {what}; the net has {', '.join(map(repr, weighted)) or 'none'}")
             chosen.update(found)
         chosen = {name: module for name, module in weighted.items() if name in chosen}
-    refused = [f"{name!r} ({what})" for name, module in chosen.items() if (what := unsupported(module))]
+    refused = [f"{name!r} ({type(module).__name__})" for name, module in chosen.items() if not layer_types(module)]
     if refused:
-        others = [name for name, module in weighted.items() if not unsupported(module)]
+        others = [name for name, module in weighted.items() if layer_types(module)]
         raise TypeError(
             f"unsupported layers: {', '.join(refused)}. Supported types: "
             f"{supported()}. Leave them out by layers=[...], for example "
@@ -274,17 +297,21 @@ def _tracked(net: nn.Module, wanted: Sequence[str | type[nn.Module]] | None) -> 
                     f"layers {first!r} and {name!r} share a parameter but not as layers of one kind; "
                     "leave them out by layers=[...]"
                 )
+    return {names[0]: tuple(chosen[name] for name in names) for names in groups.values()}
+
+
+def _layers(tracked: Mapping[str, tuple[nn.Module, ...]]) -> dict[str, Layer]:
+    """The layers of modules: one a module, under its name, or one a part, under "name/0", "name/1", ..."""
     layers = {}
-    for names in groups.values():
-        module = chosen[names[0]]
-        kind = layer_type(module)
-        assert kind is not None
-        modules = tuple(chosen[name] for name in names)
-        layers[names[0]] = Layer(names[0], modules, kind, kind.outputs(module), kind.inputs(module), kind.bias(module))
+    for name, modules in tracked.items():
+        module, types = modules[0], layer_types(modules[0])
+        for i, own in enumerate(types):
+            part = name if len(types) == 1 else f"{name}/{i}"
+            layers[part] = Layer(part, name, modules, own, own.outputs(module), own.inputs(module), own.bias(module))
     return layers
 
 
-def _between(layers: dict[str, Layer], start: str | int | None, last: str | int | None) -> dict[str, Layer]:
+def _between(layers: dict[str, T], start: str | int | None, last: str | int | None) -> dict[str, T]:
     names = list(layers)
     if not names:
         raise ValueError("layers: the net has no module with parameters to track")

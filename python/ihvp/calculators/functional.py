@@ -15,8 +15,7 @@ from ihvp.model import InfluenceModel
 def displaced(model: InfluenceModel, step: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tracked parameters plus layer name -> (O,I'), by their names in the net."""
     own = {key: p.detach() for key, p in model.weights.items()}
-    moves = {key: part for name, layer in model.layers.items() for key, part in layer.split(step[name]).items()}
-    return {key: own[key] + part.to(own[key].dtype) for key, part in moves.items()}
+    return {key: own[key] + part.to(own[key].dtype) for key, part in model.split(step).items()}
 
 
 def call(model: InfluenceModel, batch: Batch, weights: dict[str, Tensor]) -> Any:

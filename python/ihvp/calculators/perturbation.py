@@ -51,11 +51,7 @@ def input_gradients(model: InfluenceModel, P: Vectors, batch: Batch, *, index: i
             return found
 
         pull_back = torch.func.vjp(gradient, x)[1]
-        directions = {
-            key: p.to(weights[key].dtype)
-            for name, layer in model.layers.items()
-            for key, p in layer.split(P[name]).items()
-        }
+        directions = {key: p.to(weights[key].dtype) for key, p in model.split(P).items()}
         if not len(next(iter(P.values()))):
             return x.new_zeros(0, *x.shape)
         pulled = torch.vmap(lambda one: pull_back(one)[0], chunk_size=CHUNK, randomness="same")

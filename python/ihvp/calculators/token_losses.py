@@ -40,11 +40,7 @@ def token_loss_scores(model: InfluenceModel, P: Vectors, batch: Batch, *, index:
         if terms.dim() != 2:
             raise ValueError(f"the loss at each token needs a loss_fn that returns (N,T), got {tuple(terms.shape)}")
         _, push = vjp(pull_back, torch.zeros_like(terms))
-        directions = {
-            key: p.to(weights[key].dtype)
-            for name, layer in model.layers.items()
-            for key, p in layer.split(P[name]).items()
-        }
+        directions = {key: p.to(weights[key].dtype) for key, p in model.split(P).items()}
         if not len(next(iter(P.values()))):
             return terms.new_zeros(0, *terms.shape, dtype=model.dtype)
         pushed: Tensor = torch.vmap(push, chunk_size=CHUNK, randomness="same")(directions)

@@ -10,19 +10,13 @@ from ihvp.layers.transposed import TRANSPOSED
 LAYER_TYPES: dict[type | str, LayerType] = {own.module: own for own in (LINEAR, *CONVOLUTIONS, TRANSPOSED)}
 
 
-def layer_type(module: nn.Module) -> LayerType | None:
-    """The layer type of a module, None where its class has none."""
-    own = type(module)
-    return LAYER_TYPES.get(own) or LAYER_TYPES.get(f"{own.__module__}.{own.__qualname__}")
-
-
-def unsupported(module: nn.Module) -> str:
-    """A module's type where that is not supported, with what about it is not; "" for one that can be tracked."""
-    name, own = type(module).__name__, layer_type(module)
+def layer_types(module: nn.Module) -> tuple[LayerType, ...]:
+    """The types of the layers that a module is, most often one; none where its class is not known."""
+    cls = type(module)
+    own = LAYER_TYPES.get(cls) or LAYER_TYPES.get(f"{cls.__module__}.{cls.__qualname__}")
     if own is None:
-        return name
-    reason = own.lacks(module)
-    return f"{name} {reason}" if reason else ""
+        return ()
+    return (own,) if own.parts is None else own.parts(module)
 
 
 def supported() -> str:
@@ -30,4 +24,4 @@ def supported() -> str:
     return ", ".join(own if isinstance(own, str) else own.__name__ for own in LAYER_TYPES)
 
 
-__all__ = ["LAYER_TYPES", "LINEAR", "LayerType", "layer_type", "supported", "unsupported"]
+__all__ = ["LAYER_TYPES", "LINEAR", "LayerType", "layer_types", "supported"]

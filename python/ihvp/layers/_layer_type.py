@@ -14,8 +14,9 @@ class LayerType:
 
     `module` is a class, or the full name of one in a library that may be missing. `activation` and `output_gradient`
     take (module, tensor), the tensor's first dimension being the example. `split` takes a matrix (..., O, I') apart
-    into views of it, the module's own parameters by name, and `join` puts them together. `lacks` says of a module what
-    is not supported about it, "" if nothing.
+    into views of it, the module's own parameters (..., *) by name, and `join` puts them together. A module whose
+    weights are a block diagonal matrix is several layers: `parts` has their types, each with its `rows` of every
+    parameter, and `split` and `join` are of these rows.
     """
 
     module: type[nn.Module] | str
@@ -26,4 +27,5 @@ class LayerType:
     output_gradient: Callable[[nn.Module, Tensor], Tensor]
     split: Callable[[nn.Module, Tensor], dict[str, Tensor]]
     join: Callable[[nn.Module, dict[str, Tensor]], Tensor]
-    lacks: Callable[[nn.Module], str] = lambda module: ""
+    rows: slice | None = None  # all
+    parts: Callable[[nn.Module], tuple[LayerType, ...]] | None = None

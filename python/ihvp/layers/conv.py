@@ -1,10 +1,12 @@
-"""nn.Conv1d, 2d and 3d of one group: a linear layer whose positions are the outputs', and whose inputs their patches.
+"""nn.Conv1d, 2d and 3d: a linear layer whose positions are the outputs', and whose inputs their patches.
 
-Y[o,t] = <W[o], patch_t> + b[o], so g = sum_t delta_t [patch_t; 1]^T, features ordered as the weight is: channel first.
+y[o,t] = <W[o], patch_t> + b[o], so g = sum_t delta_t [patch_t; 1]^T, features ordered as the weight is: channel first.
+Of several groups each is a layer of its own: it sees its channels and makes its outputs.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import cast
@@ -18,11 +20,9 @@ from ihvp.layers._layer_type import LayerType
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-def patches(dims: int, module: nn.Module, x: Tensor) -> Tensor:
+def patches(own: Conv, x: Tensor) -> Tensor:
     """(N,C,*) -> (N,T,C k): what the kernel sees at each of the T places of the output."""
-    own = cast(Conv, module)
-    if x.dim() != dims + 2:
-        raise ValueError(f"expected (N, channels, {dims} dimensions), got {tuple(x.shape)}")
+    dims = x.dim() - 2
     spans = [dilation * (size - 1) + 1 for size, dilation in zip(own.kernel_size, own.dilation, strict=True)]
     x = F.pad(x, margins(own, spans), mode="constant" if own.padding_mode == "zeros" else own.padding_mode)
     for i, span in enumerate(spans):
@@ -50,22 +50,51 @@ def split(module: nn.Module, matrix: Tensor) -> dict[str, Tensor]:
 
 
 def join(module: nn.Module, parameters: dict[str, Tensor]) -> Tensor:
-    weights = parameters["weight"].flatten(1)
+    weights = parameters["weight"].flatten(1 - cast(Conv, module).weight.dim())
     return weights if module.bias is None else torch.cat([weights, parameters["bias"].unsqueeze(-1)], dim=-1)
 
 
+def group_of(module: Conv, count: int, group: int) -> slice:
+    """The channels of a group, of `count` in all."""
+    width = count // module.groups
+    return slice(group * width, (group + 1) * width)
+
+
 def convolution(module: type[nn.Module], dims: int) -> LayerType:
-    return LayerType(
+    def activation(module: nn.Module, x: Tensor, group: int) -> Tensor:
+        own = cast(Conv, module)
+        if x.dim() != dims + 2:
+            raise ValueError(f"expected (N, channels, {dims} dimensions), got {tuple(x.shape)}")
+        return patches(own, x[:, group_of(own, own.in_channels, group)])
+
+    def output_gradient(module: nn.Module, delta: Tensor, group: int) -> Tensor:
+        own = cast(Conv, module)
+        return delta[:, group_of(own, own.out_channels, group)].flatten(2).mT
+
+    whole = LayerType(
         module=module,
-        outputs=lambda module: cast(Conv, module).out_channels,
+        outputs=lambda module: cast(Conv, module).out_channels // cast(Conv, module).groups,
         inputs=lambda module: prod(cast(Conv, module).weight.shape[1:]),
         bias=lambda module: module.bias is not None,
-        activation=partial(patches, dims),
-        output_gradient=lambda module, delta: delta.flatten(2).mT,
+        activation=partial(activation, group=0),
+        output_gradient=partial(output_gradient, group=0),
         split=split,
         join=join,
-        lacks=lambda module: "" if cast(Conv, module).groups == 1 else f"of {module.groups} groups",
     )
+
+    def parts(module: nn.Module) -> tuple[LayerType, ...]:
+        own = cast(Conv, module)
+        return tuple(
+            replace(
+                whole,
+                activation=partial(activation, group=group),
+                output_gradient=partial(output_gradient, group=group),
+                rows=group_of(own, own.out_channels, group),
+            )
+            for group in range(own.groups)
+        )
+
+    return replace(whole, parts=parts)
 
 
 CONVOLUTIONS = convolution(nn.Conv1d, 1), convolution(nn.Conv2d, 2), convolution(nn.Conv3d, 3)

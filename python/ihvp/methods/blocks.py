@@ -34,8 +34,11 @@ def make_blocks(model: InfluenceModel, structure: BlockStructure) -> dict[str, B
         if structure == "layer":
             return {name: {name: slice(0, layer.shape[1])} for name, layer in layers.items()}
         if structure == "parameter":
-            owned = {name: columns(layer) for name, layer in layers.items()}
-            return {key: {name: own} for name, parts in owned.items() for key, own in parts.items()}
+            owned: dict[str, Block] = {}
+            for name, layer in layers.items():
+                for key, own in columns(layer).items():
+                    owned.setdefault(key, {})[name] = own
+            return owned
     if not isinstance(structure, Mapping):
         raise ValueError(
             f"block_structure must be one of {', '.join(map(repr, STRUCTURES))} or a mapping of block names to names "
@@ -53,8 +56,11 @@ def columns(layer: Layer) -> dict[str, slice]:
 
 def _custom(model: InfluenceModel, structure: Mapping[str, Sequence[str]]) -> dict[str, Block]:
     by_layer = {name: columns(layer) for name, layer in model.layers.items()}
-    owners = {key: name for name, parts in by_layer.items() for key in parts}
-    taken: dict[str, str] = {}
+    owners: dict[str, list[str]] = {}  # of several groups of a convolution each has its rows of a parameter
+    for name, parts in by_layer.items():
+        for key in parts:
+            owners.setdefault(key, []).append(name)
+    taken: dict[tuple[str, str], str] = {}
     blocks: dict[str, Block] = {}
     for block, names in structure.items():
         if isinstance(names, str) or not names:
@@ -66,13 +72,14 @@ def _custom(model: InfluenceModel, structure: Mapping[str, Sequence[str]]) -> di
                     f"block {block!r}: {name!r} is neither a tracked layer nor a parameter of one; there are "
                     f"{', '.join(map(repr, [*by_layer, *owners]))}"
                 )
-            for key in by_layer[name] if name in by_layer else [name]:
-                if key in taken:
-                    raise ValueError(f"parameter {key!r} is in two blocks: {taken[key]!r} and {block!r}")
-                taken[key] = block
-                found.setdefault(owners[key], []).append(by_layer[owners[key]][key])
+            own = [(name, key) for key in by_layer[name]] if name in by_layer else [(o, name) for o in owners[name]]
+            for layer, key in own:
+                if (layer, key) in taken:
+                    raise ValueError(f"parameter {key!r} is in two blocks: {taken[layer, key]!r} and {block!r}")
+                taken[layer, key] = block
+                found.setdefault(layer, []).append(by_layer[layer][key])
         blocks[block] = {name: _joined(name, block, parts) for name, parts in found.items()}
-    missing = [key for key in owners if key not in taken]
+    missing = [key for key, layers in owners.items() if any((layer, key) not in taken for layer in layers)]
     if missing:
         raise ValueError(f"every tracked parameter must be in a block; {', '.join(map(repr, missing))} are in none")
     return blocks

@@ -129,12 +129,10 @@ class Parameters:
         with torch.inference_mode(False), torch.no_grad():
             self.fixed: Leaves = {}
             for name in block:
-                self.fixed |= {
-                    key: p.clone() for key, p in model.layers[name].split(model.layers[name].matrix()).items()
-                }
+                self.fixed |= {key: p.detach().clone() for key, p in model.layers[name].parameters().items()}
         inside = [columns(model.layers[name]).items() for name in block]
         own = [key for (name, at), keys in zip(block.items(), inside, strict=True) for key, c in keys if _within(c, at)]
-        self.leaves: Leaves = {key: self.fixed.pop(key) for key in own}
+        self.leaves: Leaves = {key: self.fixed.pop(key) for key in dict.fromkeys(own)}
 
     def apart(self, v: Tensor) -> Leaves:
         """(Q,p_b) as (Q,*) of each parameter, in its dtype."""
@@ -146,7 +144,13 @@ class Parameters:
             if part.shape[-1] < I:
                 whole = part.new_zeros(len(v), O, I)
                 whole[..., at] = part
-            found |= layer.split(whole)
+            for key, own in layer.split(whole).items():
+                if layer.rows == slice(None) or key not in self.leaves:
+                    found[key] = own
+                    continue
+                if key not in found:  # other groups of a convolution may be in other blocks
+                    found[key] = own.new_zeros(len(v), *self.leaves[key].shape)
+                found[key][:, layer.rows] = own
         return {key: found[key].to(p.dtype) for key, p in self.leaves.items()}
 
     def add(self, total: Tensor, x: Leaves) -> None:
@@ -157,7 +161,7 @@ class Parameters:
             whole = part if part.shape[-1] == I else part.new_zeros(len(total), O, I)
             for key, place in layer.split(whole).items():
                 if key in x:
-                    place.add_(x[key])
+                    place.add_(x[key][:, layer.rows])
             if whole is not part:
                 part.add_(whole[..., at])
 

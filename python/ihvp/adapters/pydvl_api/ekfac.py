@@ -49,10 +49,10 @@ class EkfacInfluence(Influence):
         frozen = own.weights.keys() - set(names)
         if frozen:
             raise ValueError(f"a layer's parameters must all be trainable or none, {sorted(frozen)} are not")
+        self.names = {layer.module: list(layer.parameters()) for layer in own.layers.values()}
         self._curved = ihvp.InfluenceModel(
-            model, pseudo_loss, layers=list(own.layers), progress=progress, cache_bytes=KEPT_BYTES
+            model, pseudo_loss, layers=list(self.names), progress=progress, cache_bytes=KEPT_BYTES
         )
-        self.names = {name: list(layer.parameters()) for name, layer in own.layers.items()}
         self._ihvp: ihvp.EKFACIHVP = ihvp.EKFACIHVP(own, None, hessian_regularization, update_diagonal)
 
     @property

@@ -57,7 +57,7 @@ def influence_model(model: nn.Module, loss: Loss, names: Iterable[str], progress
 
 def flat(model: ihvp.InfluenceModel, V: Vectors, names: Iterable[str]) -> Tensor:
     """Layer name -> (Q,O,I') as (Q,p), the named parameters one after the other."""
-    parts = {key: part for name, layer in model.layers.items() for key, part in layer.split(V[name]).items()}
+    parts = model.split(V)
     return torch.cat([parts[name].flatten(1) for name in names], dim=1)
 
 
@@ -66,16 +66,13 @@ def matrices(model: ihvp.InfluenceModel, z: Tensor, names: Iterable[str]) -> Vec
     names = list(names)
     sizes = check_factors(model, z, names)
     given = dict(zip(names, z.to(model.device, model.dtype).split(sizes, dim=1), strict=True))
-    V = {}
-    for name, layer in model.layers.items():
-        own = {
-            key.removeprefix(f"{name}."): given[key].unflatten(1, p.shape)
-            if key in given
-            else torch.zeros(len(z), *p.shape, dtype=model.dtype, device=model.device)
-            for key, p in layer.parameters().items()
-        }
-        V[name] = layer.type.join(layer.modules[0], own)
-    return V
+    own = {
+        key: given[key].unflatten(1, p.shape)
+        if key in given
+        else torch.zeros(len(z), *p.shape, dtype=model.dtype, device=model.device)
+        for key, p in model.weights.items()
+    }
+    return {name: layer.join(own) for name, layer in model.layers.items()}
 
 
 def check_factors(model: ihvp.InfluenceModel, z: Tensor, names: Iterable[str]) -> list[int]:
