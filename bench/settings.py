@@ -16,7 +16,7 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """`layers`: the names of the linear layers that every library tracks. The loss is summed over positions."""
+    """`layers`: the names of the layers that every library tracks. The loss is summed over positions."""
 
     name: str
     title: str
@@ -123,4 +123,25 @@ def transformer() -> Setting:
     return Setting("transformer", title, net, layers, train, held_out, 32)
 
 
-SETTINGS: dict[str, Callable[[], Setting]] = {"mlp": mlp, "transformer": transformer}
+# --- a convolutional net -----------------------------------------------------------------------------------------
+
+CHANNELS, SIDE, CLASSES = (3, 32, 64, 128, 128), 32, 10
+
+
+def cnn() -> Setting:
+    """Initial weights, Gaussian images, labels of a random linear teacher: 512 examples and 16 queries."""
+    torch.manual_seed(0)
+    net = nn.Sequential()
+    for i, (inputs, outputs) in enumerate(pairwise(CHANNELS)):
+        stride = 2 if i in (1, 2) else 1
+        net.append(nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)).append(nn.ReLU())
+    net.append(nn.AdaptiveAvgPool2d(1)).append(nn.Flatten()).append(nn.Linear(CHANNELS[-1], CLASSES))
+    teacher = torch.randn(CHANNELS[0] * SIDE * SIDE, CLASSES)
+    x, queries = (torch.randn(count, CHANNELS[0], SIDE, SIDE) for count in (512, 16))
+    labels = [(own.flatten(1) @ teacher).argmax(1) for own in (x, queries)]
+    layers = [name for name, module in net.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    title = f"{len(CHANNELS) - 1} convolutions 3x3 of {'-'.join(map(str, CHANNELS))} channels, {SIDE}x{SIDE} images"
+    return Setting("cnn", title, net, layers, (x, labels[0]), (queries, labels[1]), 64)
+
+
+SETTINGS: dict[str, Callable[[], Setting]] = {"mlp": mlp, "transformer": transformer, "cnn": cnn}
