@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from ihvp.demo import measures, steps
+from torch import nn
 
 from bench import methods, orders, pipeline, problems, pydvl, report, small_layers
 from bench.cases import CASES, Goal
@@ -166,7 +167,7 @@ def test_the_text_fills_the_vocabulary_and_is_the_same_each_time() -> None:
 def test_the_settings_are_what_the_titles_say(model: str) -> None:
     one, again = SETTINGS[model](), SETTINGS[model]()
     assert one.name == model and all(torch.equal(x, y) for x, y in zip(one.train, again.train, strict=True))
-    assert all(isinstance(one.net.get_submodule(name), torch.nn.Linear) for name in one.layers)
+    assert all(isinstance(one.net.get_submodule(name), (nn.Linear, nn.Conv2d)) for name in one.layers)
     inputs, targets = one.queries[0][:2], one.queries[1][:2]
     assert losses(one.net(inputs), targets).shape == targets.shape
 
