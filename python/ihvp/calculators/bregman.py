@@ -59,7 +59,7 @@ class ProximalBregmanCalculator(InfluenceCalculator[Measured]):
     Raises:
         TypeError, ValueError: a wrong argument, named. FloatingPointError: a loss is not finite; names the batch.
 
-    Source: Bae et al. 2022 (arXiv:2209.05364), section 4.
+    Source: Bae et al. 2022 (arXiv:2209.05364), the proximal Bregman response function.
     """
 
     def __init__(

@@ -152,7 +152,7 @@ class FirstOrderInfluenceCalculator(InfluenceCalculator[Queries]):
 
         A batch's scores are computed as it is asked for.
 
-        Source: Grosse et al. 2023 (arXiv:2308.03296), sections 3.3 and 5.3.3.
+        Source: Grosse et al. 2023 (arXiv:2308.03296), section 3.3, for positions.
         """
         if of not in TOKEN_PARTS:
             raise ValueError(f"of must be one of {', '.join(TOKEN_PARTS)}, got {of!r}")
