@@ -97,6 +97,14 @@ def by_second_order(setting: Setting, model: ihvp.InfluenceModel) -> Tensor:
     return torch.cat(list(calculator.estimate_influence_values_group(groups)))[:, 0]
 
 
+def by_two_stages(setting: Setting, model: ihvp.InfluenceModel) -> Tensor:
+    """Halfway through the training as one stage, the rest of it as the next."""
+    early = copy.deepcopy(setting.net)
+    early.load_state_dict(setting.checkpoints[1])
+    stages = [ihvp.EKFACIHVP(own, setting.train, "auto") for own in (demo.influence_model(early), model)]
+    return ihvp.MultiStageInfluenceCalculator(stages, setting.train).self_scores()
+
+
 def by_tracin(setting: Setting, model: ihvp.InfluenceModel) -> Tensor:
     return ihvp.TracInCalculator(model, setting.train, setting.checkpoints, LEARNING_RATE).self_scores()
 
@@ -139,6 +147,7 @@ CASES = (
     Case("EKFAC", "all", by_self_influence("ekfac", AUTO)),
     Case("EKFAC, RelatIF (loss)", "all", by_self_influence("ekfac", AUTO, "loss")),
     Case("EKFAC, harm to test digits", "all", by_harm("ekfac", AUTO)),
+    Case("EKFAC, two stages", "all", by_two_stages),
     Case("Fisher", "all", by_self_influence("fisher", AUTO)),
     Case("DataInf", "all", by_self_influence("datainf", AUTO)),
     Case("harmonic mean", "all", by_self_influence("harmonic_mean", FIXED)),

@@ -14,6 +14,6 @@ low-rank SVD. One process; what is missing raises NotImplementedError.
 """
 
 from ihvp.adapters.kronfluence_api.analyzer import Analyzer, prepare_model
-from ihvp.adapters.kronfluence_api.arguments import FactorArguments, ScoreArguments, Task
+from ihvp.adapters.kronfluence_api.translation import FactorArguments, ScoreArguments, Task
 
 __all__ = ["Analyzer", "FactorArguments", "ScoreArguments", "Task", "prepare_model"]

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import ihvp
-from ihvp.adapters.kronfluence_api.arguments import ScoreArguments, check_whole, factor_arguments, fisher_of
 from ihvp.adapters.kronfluence_api.translation import (
     PREFIX,
+    ScoreArguments,
     by_module,
+    check_whole,
+    factor_arguments,
+    fisher_of,
     fitting,
     influence_model,
     measurement_of,
