@@ -185,7 +185,13 @@ def by_module(state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
 
 
 def saved(scores: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """The scores on the CPU, in a file: under a temporary name first, then moved into place."""
     own = {name: x.detach().cpu().contiguous() for name, x in scores.items()}
-    save_file(own, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        save_file(own, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return own
