@@ -157,8 +157,8 @@ class InfluenceModel:
         return torch.float64 if wide else torch.float32
 
     def _parameters(self) -> Iterator[nn.Parameter]:
-        for layer in self.layers.values():
-            yield from layer.modules[0].parameters(recurse=False)
+        for layer in self.layers.values():  # asked for once a layer or more, so without named_parameters' ways
+            yield from (p for p in layer.modules[0]._parameters.values() if p is not None)
 
     def batch(self, raw: Any) -> Batch:
         """What a loader yields, as a Batch on the model's device."""

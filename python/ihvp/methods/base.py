@@ -240,7 +240,7 @@ class IHVP(ABC):
 
     def _vectors(self, V: Vectors) -> Vectors:
         """V in the model's dtype, after the check that it fits the layers."""
-        layers = self.model.layers
+        layers, dtype = self.model.layers, self.model.dtype
         if not isinstance(V, Mapping) or set(V) != set(layers):
             got = ", ".join(map(repr, V)) if isinstance(V, Mapping) else type(V).__name__
             raise ValueError(f"V must map every tracked layer to (Q,O,I'): {', '.join(map(repr, layers))}; got {got}")
@@ -251,7 +251,7 @@ class IHVP(ABC):
                 raise ValueError(
                     f"V[{name!r}] must be (Q,O,I') with O={O}, I'={I}, one Q for all layers, got {tuple(V[name].shape)}"
                 )
-        return {name: V[name].to(self.model.dtype) for name in layers}
+        return {name: V[name].to(dtype) for name in layers}
 
 
 def _check_alike(who: str, other: IHVP, own: IHVP) -> None:

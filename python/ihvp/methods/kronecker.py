@@ -193,6 +193,7 @@ def eigendecompose(model: InfluenceModel, sums: dict[str, CovarianceSums]) -> di
     """Layers that read the same input, as a transformer's queries, keys and values do, have the same sum to the bit:
     it is diagonalised once."""
     known: dict[tuple[int, int, float], list[tuple[Tensor, tuple[Tensor, Tensor]]]] = {}
+    dtype = model.dtype
 
     def eigen_of(total: Tensor, count: int, what: str) -> tuple[Tensor, Tensor]:
         alike = known.setdefault((len(total), count, float(total.trace())), [])
@@ -200,7 +201,7 @@ def eigendecompose(model: InfluenceModel, sums: dict[str, CovarianceSums]) -> di
             if torch.equal(total, other):
                 return found
         values, vectors = symmetric_eigen(moment(total, count), what)
-        alike.append((total, (values, vectors.to(model.dtype))))
+        alike.append((total, (values, vectors.to(dtype))))
         return alike[-1][1]
 
     eigen = {}
