@@ -59,11 +59,12 @@ def tfidf_candidates(
         if "empty vocabulary" not in str(error):
             raise
         raise ValueError("documents must hold one with a word, got none") from error
+    inverted = rows.T.tocsr()  # word by word the documents that have it: a query meets those of its own words
     own = list(words.of("queries", queries))
-    k = min(k, rows.shape[0])
+    k = min(k, inverted.shape[1])
     values, indices = torch.empty(len(own), k), torch.empty(len(own), k, dtype=torch.long)
     for q, query in enumerate(own):
-        cosines = torch.from_numpy((rows @ vectorizer.transform([query]).T).toarray()[:, 0])
+        cosines = torch.from_numpy((vectorizer.transform([query]) @ inverted).toarray()[0])
         near, order = cosines.sort(descending=True, stable=True)
         values[q], indices[q] = near[:k], order[:k]
     return values, indices
