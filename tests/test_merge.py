@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ OWN = {
     "datainf": Method(ihvp.DataInfIHVP, METHODS["fisher"].F, {}),
 }
 MERGED = ["identity", "diagonal", "kfac pi", "kfac none", "ekfac uncorrected", "fisher", "fisher by parameter", *OWN]
+README = Path(__file__).parent.parent / "README.md"
 PARTS = (slice(0, 12), slice(12, 13), slice(13, None))
 
 
@@ -72,6 +74,23 @@ def test_ekfac_measured_on_parts_in_one_basis(name: str) -> None:
     again = EKFACIHVP(model, damping="auto")
     again.load_state_dict(merged.state_dict())
     assert same(again.solve(V), merged.solve(V))
+
+
+def test_the_readmes_way_by_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first and third line run in each process, the others once."""
+    found = re.search(r"```python\n(ihvp\.KFACIHVP.*?)```", README.read_text(), re.DOTALL)
+    assert found is not None
+    factors, basis, diagonals, merged = found[1].splitlines()
+    data = tokens()
+    names: dict[str, Any] = {"ihvp": ihvp, "model": data.model(), "processes": len(PARTS)}
+    monkeypatch.chdir(tmp_path)
+    for each, once in ((factors, basis), (diagonals, merged)):
+        for rank, at in enumerate(PARTS):
+            exec(each, names | {"rank": rank, "part": [rows(data.train, at)], "basis": names.get("basis")})
+        exec(once, names)
+    whole = EKFACIHVP(names["model"], [data.train], damping="auto")
+    V = random_vectors(names["model"])
+    assert_near_each(names["curvature"].solve(V), whole.solve(V))
 
 
 def test_a_basis_is_taken_as_it_is() -> None:

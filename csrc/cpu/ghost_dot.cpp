@@ -58,7 +58,7 @@ Status run(const View& out, const Rows& x1, const Rows& y1, int64_t positions1, 
                 }
                 for (int64_t p = 0; p < right_x.count(); ++p) {
                     for (int64_t i = 0; i < height; i += tile_rows) {
-                        Tile<T> x, y;
+                        Tile<T> x = {}, y = {};
                         multiply(x, left_x, i, right_x, p, 0, I);
                         multiply(y, left_y, i, right_y, p, 0, O);
                         int rows = int(least(tile_rows, height - i));

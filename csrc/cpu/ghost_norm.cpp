@@ -42,7 +42,7 @@ Vec<T> dot(const Packed<T>& left, const Packed<T>& right, bool same) {
     for (int64_t p = 0; p < right.x.count(); ++p) {
         int64_t end = same ? least(left.x.columns, (p + 1) * W) : left.x.columns;
         for (int64_t i = 0; i < end; i += tile_rows) {
-            Tile<T> x, y;
+            Tile<T> x = {}, y = {};
             multiply(x, left.x, i, right.x, p, 0, left.x.depth);
             multiply(y, left.y, i, right.y, p, 0, left.y.depth);
             Vec<T> sum = {};
