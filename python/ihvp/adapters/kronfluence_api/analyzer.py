@@ -224,7 +224,8 @@ class Analyzer:
         def loader(size: int) -> Iterable[Any]:
             return self._loader(train_dataset, train_indices, size, dataloader_kwargs)
 
-        found = fitting(per_device_train_batch_size, initial_per_device_train_batch_size_attempt, loader, compute)
+        sizes = per_device_train_batch_size, initial_per_device_train_batch_size_attempt
+        found = fitting(*sizes, calculator.model.device, loader, compute)
         for dim, aggregated in enumerate((arguments.aggregate_query_gradients, arguments.aggregate_train_gradients)):
             if aggregated:
                 found = {name: x.sum(dim, keepdim=True) for name, x in found.items()}
@@ -263,8 +264,8 @@ class Analyzer:
         def loader(size: int) -> Iterable[Any]:
             return self._loader(train_dataset, train_indices, size, dataloader_kwargs)
 
-        size, attempt = per_device_train_batch_size, initial_per_device_train_batch_size_attempt
-        return saved({ALL_MODULES: fitting(size, attempt, loader, compute)}, path)
+        sizes = per_device_train_batch_size, initial_per_device_train_batch_size_attempt
+        return saved({ALL_MODULES: fitting(*sizes, calculator.model.device, loader, compute)}, path)
 
     def load_pairwise_scores(self, scores_name: str) -> dict[str, Tensor]:
         return self._load_scores(scores_name, "pairwise_scores")
@@ -316,7 +317,8 @@ class Analyzer:
         dataloader_kwargs: Any,
     ) -> None:
         first = range(len(dataset) if most is None else min(most, len(dataset)))
-        fitting(size, attempt, lambda size: self._loader(dataset, first, size, dataloader_kwargs), fit)
+        device = next(self.model.parameters()).device
+        fitting(size, attempt, device, lambda size: self._loader(dataset, first, size, dataloader_kwargs), fit)
 
     def _loader(self, dataset: Any, indices: Sequence[int] | None, size: int, dataloader_kwargs: Any) -> Iterable[Any]:
         chosen = dataset if indices is None else Subset(dataset, indices)

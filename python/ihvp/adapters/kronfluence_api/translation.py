@@ -17,6 +17,7 @@ import ihvp
 STRATEGIES = ("identity", "diagonal", "kfac", "ekfac")
 SAMPLED = "sampled"  # stands for targets that the task draws itself
 PREFIX = "model."
+CPU_BATCH = 64
 
 
 class Task:
@@ -166,11 +167,17 @@ def with_moments_of_positions(kfac: ihvp.IHVP) -> ihvp.IHVP:
 
 
 def fitting(
-    size: int | None, attempt: int, loader: Callable[[int], Iterable[Any]], compute: Callable[[Iterable[Any]], Any]
+    size: int | None,
+    attempt: int,
+    device: torch.device,
+    loader: Callable[[int], Iterable[Any]],
+    compute: Callable[[Iterable[Any]], Any],
 ) -> Any:
-    """compute(loader(size)); without a size, from `attempt` on half of it as often as memory runs out."""
+    """compute(loader(size)); without a size, from `attempt` on half of it as often as a device's memory runs out."""
     if size is not None:
         return compute(loader(size))
+    if device.type == "cpu":  # whose memory does not run out with an error
+        attempt = min(attempt, CPU_BATCH)
     while attempt > 1:
         try:
             return compute(loader(attempt))
