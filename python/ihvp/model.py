@@ -86,8 +86,8 @@ class InfluenceModel:
             loader must not shuffle to gain by it. 0 keeps nothing. See `clear_cache`.
 
     Attributes:
-        layers: tracked layers by name, in the order of the net; `nb_params` counts their parameters and `weights` has
-            them by name.
+        layers: tracked layers by name, in the order of the net; those of a convolution's groups are "name/0", "name/1",
+            ... `nb_params` counts their parameters and `weights` has them by name.
 
     Raises:
         ValueError: a name, pattern or position that does not exist, or nothing left to track.
