@@ -177,7 +177,7 @@ def _run(
         stack.enter_context(untouched(model.net))
         for p in model.net.parameters():
             p.requires_grad_(False)
-        for layer in model.layers.values():
+        for layer in state.parts:
             for module in layer.modules:
                 handle = module.register_forward_hook(state.hook(layer), with_kwargs=True)
                 stack.callback(handle.remove)
@@ -198,11 +198,12 @@ def _run(
 
 
 class _Capture:
-    """One pass: the uses of layers that wait for their gradients."""
+    """One pass: the uses of layers that wait for their gradients. The parts of a module are one until handed over."""
 
     def __init__(self, model: InfluenceModel, batch: Batch, sink: Sink, index: int) -> None:
         self.batch, self.sink, self.index = batch, sink, index
         self.root = torch.zeros((), device=model.device, requires_grad=True)
+        self.parts = {parts[0]: parts for parts in model.parts}
         self.uses: dict[Layer, list[_Use]] = {}
         self.seen: set[Layer] = set()
         self.forward = True
@@ -217,7 +218,7 @@ class _Capture:
             if not self.forward:  # recomputed for an activation checkpoint: the first run's use gets the gradient
                 if layer not in self.seen:
                     raise RuntimeError(
-                        f"layer {layer.name!r} runs in a reentrant activation checkpoint, which hides it; "
+                        f"layer {layer.module!r} runs in a reentrant activation checkpoint, which hides it; "
                         "use checkpoint(..., use_reentrant=False)"
                     )
                 return _tap(output, self.root, lambda delta: None)
@@ -236,15 +237,15 @@ class _Capture:
             for use in uses:
                 if use.a.dim() < 2 or use.a.shape[0] != N:
                     raise ValueError(
-                        f"layer {layer.name!r} got an input of shape {tuple(use.a.shape)} for N={N} examples; "
+                        f"layer {layer.module!r} got an input of shape {tuple(use.a.shape)} for N={N} examples; "
                         "its first dimension must be the example"
                     )
 
     def receive(self, layer: Layer, use: _Use, delta: Tensor) -> None:
         if use.a._version != use.version:
             raise RuntimeError(
-                f"the input of layer {layer.name!r} was changed in place after the layer ran, so its gradient is lost; "
-                "make that operation out of place"
+                f"the input of layer {layer.module!r} was changed in place after the layer ran, so its gradient is "
+                "lost; make that operation out of place"
             )
         use.delta = delta
         uses = self.uses[layer]
@@ -264,8 +265,13 @@ class _Capture:
             mask = torch.cat([w if m is None else m for m, w in zip(masks, whole, strict=True)], dim=1)
         joined_a, joined_delta = (x[0] if len(x) == 1 else torch.cat(x, dim=1) for x in (a, delta))
         for what, x in (("input", joined_a), ("output gradient", joined_delta)):
-            self.finite.add(x, f"layer {layer.name!r}, batch {self.index}: the {what} is not finite", mask)
-        self.sink(layer, joined_a, joined_delta, mask)
+            self.finite.add(x, f"layer {layer.module!r}, batch {self.index}: the {what} is not finite", mask)
+        parts = self.parts[layer]
+        if len(parts) == 1:
+            self.sink(layer, joined_a, joined_delta, mask)
+            return
+        for part in parts:
+            self.sink(part, joined_a[..., part.columns], joined_delta[..., part.rows], mask)
 
     def mask(self, layer: Layer, use: _Use, x: Tensor) -> Tensor | None:
         mask = self.batch.mask
@@ -273,7 +279,9 @@ class _Capture:
             return mask
         if mask is None or use.a.dim() == 2:
             return None  # one position an example
-        raise ValueError(f"mask must be (N,T) with T={x.shape[1]} as in layer {layer.name!r}, got {tuple(mask.shape)}")
+        raise ValueError(
+            f"mask must be (N,T) with T={x.shape[1]} as in layer {layer.module!r}, got {tuple(mask.shape)}"
+        )
 
     def finish(self) -> None:
         """Layers of which some uses got no gradient: the others are their positions."""

@@ -23,7 +23,8 @@ T = TypeVar("T")
 class Layer:
     """A tracked layer. `modules` are the modules that share its parameters, most often one.
 
-    A group of a convolution is a layer, whose part of each parameter is `rows`.
+    A group of a convolution is a layer: `rows` are its part of each parameter and of the module's `delta`, `columns`
+    its part of the module's `a`.
     """
 
     name: str
@@ -42,6 +43,10 @@ class Layer:
     @property
     def rows(self) -> slice:
         return slice(None) if self.type.rows is None else self.type.rows
+
+    @property
+    def columns(self) -> slice:
+        return slice(None) if self.type.columns is None else self.type.columns
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Its modules' parameters by their names in the net."""
@@ -128,6 +133,14 @@ class InfluenceModel:
         """Forget kept tokens. Needed only after a change that autograd cannot see, as through `parameter.data`."""
         if self.cache is not None:
             self.cache.clear()
+
+    @property
+    def parts(self) -> list[list[Layer]]:
+        """The layers, together those that are parts of one module."""
+        found: dict[str, list[Layer]] = {}
+        for layer in self.layers.values():
+            found.setdefault(layer.module, []).append(layer)
+        return list(found.values())
 
     @property
     def nb_params(self) -> int:

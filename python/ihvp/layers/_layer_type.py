@@ -14,9 +14,11 @@ class LayerType:
 
     `module` is a class, or the full name of one in a library that may be missing. `activation` and `output_gradient`
     take (module, tensor), the tensor's first dimension being the example. `split` takes a matrix (..., O, I') apart
-    into views of it, the module's own parameters (..., *) by name, and `join` puts them together. A module whose
-    weights are a block diagonal matrix is several layers: `parts` has their types, each with its `rows` of every
-    parameter, and `split` and `join` are of these rows.
+    into views of it, the module's own parameters (..., *) by name, and `join` puts them together.
+
+    A module whose weights are a block diagonal matrix is several layers. `parts` has their types: each has its `rows`
+    of every parameter, of which `split` and `join` are, and of `delta`, and its `columns` of `a`; the tokens that
+    `activation` and `output_gradient` make are the whole module's.
     """
 
     module: type[nn.Module] | str
@@ -28,4 +30,5 @@ class LayerType:
     split: Callable[[nn.Module, Tensor], dict[str, Tensor]]
     join: Callable[[nn.Module, dict[str, Tensor]], Tensor]
     rows: slice | None = None  # all
+    columns: slice | None = None  # all
     parts: Callable[[nn.Module], tuple[LayerType, ...]] | None = None

@@ -7,7 +7,6 @@ Of several groups each is a layer of its own: it sees its channels and makes its
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from math import prod
 from typing import Any, cast
@@ -59,42 +58,33 @@ def join(module: nn.Module, parameters: dict[str, Tensor]) -> Tensor:
 
 
 def group_of(module: Conv, count: int, group: int) -> slice:
-    """The channels of a group, of `count` in all."""
+    """What belongs to a group, of `count` in all."""
     width = count // module.groups
     return slice(group * width, (group + 1) * width)
 
 
 def convolution(module: type[nn.Module], dims: int) -> LayerType:
-    def activation(module: nn.Module, x: Tensor, group: int) -> Tensor:
-        own = cast(Conv, module)
+    def activation(module: nn.Module, x: Tensor) -> Tensor:
         if x.dim() != dims + 2:
             raise ValueError(f"expected (N, channels, {dims} dimensions), got {tuple(x.shape)}")
-        return patches(own, x[:, group_of(own, own.in_channels, group)])
-
-    def output_gradient(module: nn.Module, delta: Tensor, group: int) -> Tensor:
-        own = cast(Conv, module)
-        return delta[:, group_of(own, own.out_channels, group)].flatten(2).mT
+        return patches(cast(Conv, module), x)
 
     whole = LayerType(
         module=module,
         outputs=lambda module: cast(Conv, module).out_channels // cast(Conv, module).groups,
         inputs=lambda module: prod(cast(Conv, module).weight.shape[1:]),
         bias=lambda module: module.bias is not None,
-        activation=partial(activation, group=0),
-        output_gradient=partial(output_gradient, group=0),
+        activation=activation,
+        output_gradient=lambda module, delta: delta.flatten(2).mT,
         split=split,
         join=join,
     )
 
     def parts(module: nn.Module) -> tuple[LayerType, ...]:
         own = cast(Conv, module)
+        inputs, outputs = own.in_channels * prod(own.kernel_size), own.out_channels
         return tuple(
-            replace(
-                whole,
-                activation=partial(activation, group=group),
-                output_gradient=partial(output_gradient, group=group),
-                rows=group_of(own, own.out_channels, group),
-            )
+            replace(whole, rows=group_of(own, outputs, group), columns=group_of(own, inputs, group))
             for group in range(own.groups)
         )
 
