@@ -79,7 +79,7 @@ def trained() -> Trained:
     pairs = [(form.format(*pair), pair[0]) for pair in CAPITALS.items() for form in FORMS]
     texts, owners = map(list, zip(*pairs, strict=True))
     words = {word: i + 1 for i, word in enumerate(sorted({word for text in texts for word in text.split()} | {"<s>"}))}
-    net = Transformer(len(words) + 1)
+    net = Transformer(len(words) + 1).double()  # what it learns is then the same on every processor
     own = Trained(texts, owners, words, InfluenceModel(net, cross_entropy, layers=[nn.Linear], progress=False))
     data = own.batch(texts)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.1)
