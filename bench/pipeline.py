@@ -193,12 +193,8 @@ def goals(model: str, who: str, own: dict[str, Any], peers: dict[str, dict[str, 
     seconds = own["seconds"]
     parts = zip(seconds["fit"], seconds["eigendecomposition"], seconds["two plain passes"], strict=True)
     over = statistics.median((fit - eigen) / plain for fit, eigen, plain in parts)
-    found.append(
-        goal(
-            "two plain passes", f"{who}: fit without eigendecomposition", over, FIT_OVER_TWO_PASSES[model], least=False
-        )
-    )
-    return found
+    what, bound = f"{who}: fit without eigendecomposition", FIT_OVER_TWO_PASSES[model]
+    return [*found, goal("two plain passes", what, over, bound, least=False)]
 
 
 def compare(model: str, quick: bool, precision: str) -> dict[str, Any]:

@@ -184,7 +184,7 @@ def test_wrong_stages_are_named() -> None:
         MultiStageInfluenceCalculator([own, own.model])  # type: ignore[list-item]
     with pytest.raises(RuntimeError, match=r"stages\[1\] \(EKFACIHVP\) is not fitted"):
         MultiStageInfluenceCalculator([own, EKFACIHVP(own.model)])
-    with pytest.raises(ValueError, match=r"stages\[1\] must have the layers \(O,I'\) of stages\[0\], \{'': \(2, 5\)\}"):
+    with pytest.raises(ValueError, match=r"stages\[1\] must have the layers \(O,I'\) \{'': \(2, 5\)\}, got"):
         MultiStageInfluenceCalculator([own, other])
     with pytest.raises(ValueError, match='normalize must be False, True or "theta"'):
         MultiStageInfluenceCalculator([own, own], normalize="loss")

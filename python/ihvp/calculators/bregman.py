@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ihvp.batch import Batch, all_finite
 from ihvp.calculators.base import InfluenceCalculator
+from ihvp.calculators.functional import call
 from ihvp.capture import untouched
 from ihvp.methods.iterative import check_on_failure, check_positive, complain
 from ihvp.model import InfluenceModel
@@ -175,7 +176,7 @@ class ProximalBregmanCalculator(InfluenceCalculator[Measured]):
     def _outputs(self, batch: Batch, moves: Leaves) -> Tensor:
         """The net's outputs at the weights displaced by `moves`."""
         own = {name: p + moves[name] if name in moves else p for name, p in self._start.items()}
-        outputs = torch.func.functional_call(self.model.net, self._fixed | own, batch.args, dict(batch.kwargs))
+        outputs = call(self.model, batch, self._fixed | own)
         if not isinstance(outputs, Tensor):
             raise TypeError(f"the Bregman divergence needs a net that returns one tensor, got {type(outputs).__name__}")
         return outputs

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ihvp.batch import Batch
 from ihvp.calculators.first_order import FirstOrderInfluenceCalculator
-from ihvp.methods.base import IHVP, Vectors, gradients
+from ihvp.methods.base import IHVP, Vectors, check_layers, dots, gradients
 from ihvp.methods.queries import Queries
 from ihvp.model import InfluenceModel, LossFn
 
@@ -83,7 +82,7 @@ class MultiStageInfluenceCalculator(FirstOrderInfluenceCalculator):
     def _quadratic(self, batch: Batch, power: int, index: int) -> Tensor:
         moved = self._to_last_stage(self.curvature.solve(gradients(self.model, batch, index=index)))
         other = moved if power == 2 else gradients(self.query_model, batch, index=index)
-        return torch.stack([(moved[name] * other[name]).sum((1, 2)) for name in moved]).sum(0)
+        return dots(moved, other)
 
 
 def _check_stage(i: int, stage: IHVP, first: IHVP) -> None:
@@ -91,8 +90,6 @@ def _check_stage(i: int, stage: IHVP, first: IHVP) -> None:
         raise TypeError(f"stages[{i}] must be an IHVP object, got {type(stage).__name__}")
     if not stage.is_fitted:
         raise RuntimeError(f"stages[{i}] ({type(stage).__name__}) is not fitted; call fit(loader)")
-    expected, got = ({name: layer.shape for name, layer in one.model.layers.items()} for one in (first, stage))
-    if got != expected:
-        raise ValueError(f"stages[{i}] must have the layers (O,I') of stages[0], {expected}, got {got}")
+    check_layers(f"stages[{i}]", stage.model, first.model)
     if stage.model.device != first.model.device:
         raise ValueError(f"stages[{i}] must be on {first.model.device} as stages[0], got {stage.model.device}")

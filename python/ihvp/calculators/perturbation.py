@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ihvp.batch import Batch
+from ihvp.calculators.functional import call
 from ihvp.capture import differentiable
 from ihvp.methods.base import Vectors
 from ihvp.model import InfluenceModel
@@ -44,8 +45,7 @@ def input_gradients(model: InfluenceModel, P: Vectors, batch: Batch, *, index: i
             own = with_input(x)
 
             def loss(weights: dict[str, Tensor]) -> Tensor:
-                outputs = torch.func.functional_call(model.net, weights, own.args, dict(own.kwargs))
-                return model.losses(outputs, own, own.targets).sum()
+                return model.losses(call(model, own, weights), own, own.targets).sum()
 
             found: dict[str, Tensor] = torch.func.grad(loss)(weights)
             return found

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ihvp.batch import Batch, all_finite
+from ihvp.calculators.functional import call
 from ihvp.capture import differentiable
 from ihvp.methods.base import Vectors
 from ihvp.methods.products import vjp
@@ -32,8 +33,7 @@ def token_loss_scores(model: InfluenceModel, P: Vectors, batch: Batch, *, index:
         weights = {name: p.detach() for name, p in model.weights.items()}
 
         def losses(weights: dict[str, Tensor]) -> Tensor:
-            outputs = torch.func.functional_call(model.net, weights, batch.args, dict(batch.kwargs))
-            return model.losses_apart(outputs, batch, batch.targets)
+            return model.losses_apart(call(model, batch, weights), batch, batch.targets)
 
         terms: Tensor
         terms, pull_back = vjp(losses, weights)

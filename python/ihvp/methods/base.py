@@ -151,7 +151,11 @@ class IHVP(ABC):
                     f"others[{i - 1}] must be of the class {type(self).__name__}, got {type(other).__name__}"
                 )
             other._check_fitted()
-            _check_alike(f"others[{i - 1}]", other, self)
+            check_layers(f"others[{i - 1}]", other.model, self.model)
+            free = ("damping", "seed")
+            got, want = ({key: x for key, x in one._config().items() if key not in free} for one in (other, self))
+            if got != want:
+                raise ValueError(f"others[{i - 1}] must have the arguments {want}, got {got}")
         merged = copy.copy(self)
         merged._merge(others)
         return merged
@@ -207,7 +211,7 @@ class IHVP(ABC):
         self._check_fitted()
         V = gradients(self.model, batch, index=index)
         P = self._solve(V, self.damping)
-        return torch.stack([(P[name] * (V if power == 1 else P)[name]).sum((1, 2)) for name in V]).sum(0)
+        return dots(P, V if power == 1 else P)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the fitted state to a safetensors file: under a temporary name first, then moved into place."""
@@ -254,14 +258,11 @@ class IHVP(ABC):
         return {name: V[name].to(dtype) for name in layers}
 
 
-def _check_alike(who: str, other: IHVP, own: IHVP) -> None:
-    layers, expected = ({name: layer.shape for name, layer in one.model.layers.items()} for one in (other, own))
-    if layers != expected:
-        raise ValueError(f"{who} must have the layers (O,I') {expected}, got {layers}")
-    free = ("damping", "seed")
-    config, wanted = ({key: x for key, x in one._config().items() if key not in free} for one in (other, own))
-    if config != wanted:
-        raise ValueError(f"{who} must have the arguments {wanted}, got {config}")
+def check_layers(who: str, model: InfluenceModel, own: InfluenceModel) -> None:
+    """Raises ValueError unless the layers of `model`, of `who`, have the names and shapes of those of `own`."""
+    got, want = ({name: layer.shape for name, layer in one.layers.items()} for one in (model, own))
+    if got != want:
+        raise ValueError(f"{who} must have the layers (O,I') {want}, got {got}")
 
 
 class LayerwiseIHVP(IHVP):
@@ -311,6 +312,11 @@ class LayerwiseIHVP(IHVP):
     @abstractmethod
     def _quadratic_layer(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None, power: int) -> Tensor:
         """This layer's part of g_n^T (F + damping I)^-power g_n."""
+
+
+def dots(V: Vectors, W: Vectors) -> Tensor:
+    """(Q,): <V_q, W_q>."""
+    return torch.stack([(V[name] * W[name]).sum((1, 2)) for name in V]).sum(0)
 
 
 def gradients(model: InfluenceModel, batch: Batch, *, index: int = 0, measurement: LossFn | None = None) -> Vectors:

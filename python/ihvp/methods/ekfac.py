@@ -11,7 +11,7 @@ from torch import Tensor
 from ihvp import ops
 from ihvp.batch import FiniteChecks
 from ihvp.capture import capture
-from ihvp.methods.base import Vectors, batches, check_finite, check_reached, read_state
+from ihvp.methods.base import Vectors, batches, check_finite, check_layers, check_reached, read_state
 from ihvp.methods.damping import Damping, check_regular, resolve_damping
 from ihvp.methods.eigenbasis import eigenbasis_quadratic, eigenbasis_queries
 from ihvp.methods.kronecker import (
@@ -92,9 +92,7 @@ class EKFACIHVP(KroneckerIHVP):
         if not isinstance(basis, KroneckerIHVP):
             raise TypeError(f"basis must be a KFACIHVP or EKFACIHVP, got {type(basis).__name__}")
         basis._check_fitted()
-        expected, got = ({name: layer.shape for name, layer in one.model.layers.items()} for one in (self, basis))
-        if got != expected:
-            raise ValueError(f"basis must have the layers (O,I') {expected}, got {got}")
+        check_layers("basis", basis.model, self.model)
         return read_sums(self.model, sums_state(basis._sums) | eigen_state(basis._eigen))
 
     def _merge(self, others: Sequence[EKFACIHVP]) -> None:

@@ -16,14 +16,18 @@ from torch.utils.data import DataLoader, Dataset, Subset
 import ihvp
 from ihvp.adapters.kronfluence_api.translation import (
     PREFIX,
+    FactorArguments,
     ScoreArguments,
     by_module,
     check_whole,
+    described,
     factor_arguments,
     fisher_of,
     fitting,
     influence_model,
+    made,
     measurement_of,
+    note,
     saved,
     with_moments_of_positions,
 )
@@ -40,7 +44,8 @@ def prepare_model(model: nn.Module, task: Any) -> nn.Module:
 class Analyzer:
     """Fits factors and computes scores, and keeps both in files under output_dir/analysis_name.
 
-    What exists under a name is not computed again unless `overwrite_output_dir`.
+    What exists under a name is not computed again unless `overwrite_output_dir`; asked for with other arguments it is
+    a ValueError.
     """
 
     def __init__(
@@ -99,13 +104,14 @@ class Analyzer:
     ) -> None:
         """A and G of every layer, with their eigendecomposition."""
         arguments = factor_arguments(factor_args)
-        path = self._factors(factors_name, "covariance")
-        if arguments.strategy not in ("kfac", "ekfac") or (path.exists() and not overwrite_output_dir):
+        path, own = self._factors(factors_name, "covariance"), described(arguments, FactorArguments)
+        if arguments.strategy not in ("kfac", "ekfac") or made(path, own, overwrite_output_dir):
             return
         curvature = ihvp.KFACIHVP(self._own(arguments.amp_dtype), split="none", fisher=fisher_of(arguments))
         sizes = (per_device_batch_size, initial_per_device_batch_size_attempt, dataloader_kwargs)
         self._fit(curvature.fit, dataset, arguments.covariance_max_examples, *sizes)
-        self._save(curvature, path)
+        note(path, own)
+        curvature.save(path)
 
     def perform_eigendecomposition(
         self, factors_name: str, factor_args: Any = None, overwrite_output_dir: bool = False
@@ -127,8 +133,8 @@ class Analyzer:
         """EKFAC's Lambda in the eigenbasis of the covariances; the diagonal of the strategy "diagonal"."""
         arguments = factor_arguments(factor_args)
         model, fisher = self._own(arguments.amp_dtype), fisher_of(arguments)
-        path = self._factors(factors_name, "lambda")
-        if path.exists() and not overwrite_output_dir:
+        path, own = self._factors(factors_name, "lambda"), described(arguments, FactorArguments)
+        if made(path, own, overwrite_output_dir):
             return
         curvature: ihvp.IHVP
         if arguments.strategy == "identity":
@@ -147,7 +153,8 @@ class Analyzer:
                 fit = partial(curvature.fit, basis=basis)
             sizes = (per_device_batch_size, initial_per_device_batch_size_attempt, dataloader_kwargs)
             self._fit(fit, dataset, arguments.lambda_max_examples, *sizes)
-        self._save(curvature, path)
+        note(path, own)
+        curvature.save(path)
 
     def load_covariance_matrices(self, factors_name: str) -> dict[str, dict[str, Tensor]]:
         """Sums and their counts by module: "activation_covariance", "gradient_covariance", "num_..._processed"."""
@@ -205,8 +212,8 @@ class Analyzer:
         by_module, by_token = arguments.compute_per_module_scores, arguments.compute_per_token_scores
         if by_token and (by_module or arguments.aggregate_train_gradients):
             raise NotImplementedError("compute_per_token_scores goes with neither modules apart nor summed gradients")
-        path = self.output_dir / f"scores_{scores_name}" / "pairwise_scores.safetensors"
-        if path.exists() and not overwrite_output_dir:
+        path, own = self._scores(scores_name, "pairwise"), described(arguments, ScoreArguments, factors=factors_name)
+        if made(path, own, overwrite_output_dir):
             return load_file(path)
         calculator = self._calculator(factors_name, arguments, measurement=True)
         queries = self._loader(query_dataset, query_indices, per_device_query_batch_size, dataloader_kwargs)
@@ -229,7 +236,7 @@ class Analyzer:
         for dim, aggregated in enumerate((arguments.aggregate_query_gradients, arguments.aggregate_train_gradients)):
             if aggregated:
                 found = {name: x.sum(dim, keepdim=True) for name, x in found.items()}
-        return saved(found, path)
+        return saved(found, path, own)
 
     def compute_self_scores(
         self,
@@ -250,8 +257,8 @@ class Analyzer:
         arguments = ScoreArguments() if score_args is None else score_args
         if arguments.compute_per_module_scores or arguments.compute_per_token_scores:
             raise NotImplementedError("self scores are of all modules and tokens together")
-        path = self.output_dir / f"scores_{scores_name}" / "self_scores.safetensors"
-        if path.exists() and not overwrite_output_dir:
+        path, own = self._scores(scores_name, "self"), described(arguments, ScoreArguments, factors=factors_name)
+        if made(path, own, overwrite_output_dir):
             return load_file(path)
         measured = arguments.use_measurement_for_self_influence
         calculator = self._calculator(factors_name, arguments, measurement=measured)
@@ -265,13 +272,13 @@ class Analyzer:
             return self._loader(train_dataset, train_indices, size, dataloader_kwargs)
 
         sizes = per_device_train_batch_size, initial_per_device_train_batch_size_attempt
-        return saved({ALL_MODULES: fitting(*sizes, calculator.model.device, loader, compute)}, path)
+        return saved({ALL_MODULES: fitting(*sizes, calculator.model.device, loader, compute)}, path, own)
 
     def load_pairwise_scores(self, scores_name: str) -> dict[str, Tensor]:
-        return self._load_scores(scores_name, "pairwise_scores")
+        return self._load_scores(scores_name, "pairwise")
 
     def load_self_scores(self, scores_name: str) -> dict[str, Tensor]:
-        return self._load_scores(scores_name, "self_scores")
+        return self._load_scores(scores_name, "self")
 
     # --- parts --------------------------------------------------------------------------------------------------
 
@@ -295,6 +302,9 @@ class Analyzer:
     def _factors(self, factors_name: str, step: str) -> Path:
         return self.output_dir / f"factors_{factors_name}" / f"{step}.safetensors"
 
+    def _scores(self, scores_name: str, kind: str) -> Path:
+        return self.output_dir / f"scores_{scores_name}" / f"{kind}_scores.safetensors"
+
     def _existing(self, factors_name: str, step: str) -> Path:
         path = self._factors(factors_name, step)
         if not path.exists():
@@ -302,7 +312,7 @@ class Analyzer:
         return path
 
     def _load_scores(self, scores_name: str, kind: str) -> dict[str, Tensor]:
-        path = self.output_dir / f"scores_{scores_name}" / f"{kind}.safetensors"
+        path = self._scores(scores_name, kind)
         if not path.exists():
             raise ValueError(f"scores {scores_name!r} are not there: compute them, {path} is missing")
         return load_file(path)
@@ -324,7 +334,3 @@ class Analyzer:
         chosen = dataset if indices is None else Subset(dataset, indices)
         options = self._dataloader_kwargs if dataloader_kwargs is None else dataloader_kwargs
         return DataLoader(chosen, size, **({} if options is None else options.to_dict()))
-
-    def _save(self, curvature: ihvp.IHVP, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        curvature.save(path)

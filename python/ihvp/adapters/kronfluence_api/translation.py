@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -191,10 +192,27 @@ def by_module(state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
     return {key.removesuffix(ending).removeprefix(PREFIX): x for key, x in state.items() if key.endswith(ending)}
 
 
-def saved(scores: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def described(arguments: Any, kind: type, **more: str) -> dict[str, str]:
+    """The arguments that results depend on: those that `kind` has."""
+    return {own.name: str(getattr(arguments, own.name)) for own in fields(kind)} | more
+
+
+def made(path: Path, arguments: dict[str, str], overwrite: bool) -> bool:
+    """Whether a file is there and stays. Raises ValueError when it was made with other arguments."""
+    if overwrite or not path.exists():
+        return False
+    known = json.loads(path.with_suffix(".json").read_text())
+    if known != arguments:
+        raise ValueError(
+            f"{path} was made with {known}, asked for is {arguments}; take another name, or overwrite_output_dir=True"
+        )
+    return True
+
+
+def saved(scores: dict[str, Tensor], path: Path, arguments: dict[str, str]) -> dict[str, Tensor]:
     """The scores on the CPU, in a file: under a temporary name first, then moved into place."""
     own = {name: x.detach().cpu().contiguous() for name, x in scores.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    note(path, arguments)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         save_file(own, temporary)
@@ -202,3 +220,9 @@ def saved(scores: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     finally:
         temporary.unlink(missing_ok=True)
     return own
+
+
+def note(path: Path, arguments: dict[str, str]) -> None:
+    """Beside a file that is about to be written, what it was made with."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(arguments))
