@@ -4,10 +4,10 @@ from torch import nn
 
 from ihvp.layers._layer_type import LayerType
 from ihvp.layers.conv import CONVOLUTIONS
+from ihvp.layers.gpt2_conv1d import GPT2_CONV1D
 from ihvp.layers.linear import LINEAR
-from ihvp.layers.transposed import TRANSPOSED
 
-LAYER_TYPES: dict[type | str, LayerType] = {own.module: own for own in (LINEAR, *CONVOLUTIONS, TRANSPOSED)}
+LAYER_TYPES: dict[type | str, LayerType] = {own.module: own for own in (LINEAR, *CONVOLUTIONS, GPT2_CONV1D)}
 
 
 def layer_types(module: nn.Module) -> tuple[LayerType, ...]:

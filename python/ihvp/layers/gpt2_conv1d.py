@@ -19,7 +19,7 @@ def join(module: nn.Module, parameters: dict[str, Tensor]) -> Tensor:
     return torch.cat([parameters["weight"].mT, parameters["bias"].unsqueeze(-1)], dim=-1)
 
 
-TRANSPOSED = LayerType(
+GPT2_CONV1D = LayerType(
     module="transformers.pytorch_utils.Conv1D",  # known by its name: that library need not be there
     outputs=lambda module: cast(Tensor, module.weight).shape[1],
     inputs=lambda module: cast(Tensor, module.weight).shape[0],
