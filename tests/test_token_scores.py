@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ihvp import EKFACIHVP, Batch, FirstOrderInfluenceCalculator, IdentityIHVP, InfluenceModel
+from ihvp.calculators import token_losses
 from nets import (
     F64,
     METHODS,
@@ -144,6 +145,19 @@ def test_batches_of_several_lengths_and_none() -> None:
         shapes = [tuple(x.shape) for _, x in calculator.scores_by_token(data.tests, [*data.tests, none], of=of)]
         assert shapes == [(7, 2, 5), (7, 3, 1), (7, 2, 3), (7, 0, 3)]
         assert [x.shape[0] for _, x in calculator.scores_by_token([none], data.tests, of=of)] == [0, 0, 0]
+
+
+def test_more_queries_than_are_pushed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of low rank and whole: no more of them are dense at a time."""
+    data = causal()
+    model = data.model()
+    for rank in (None, 1):
+        calculator = FirstOrderInfluenceCalculator(model, None, IdentityIHVP(model), query_rank=rank)
+        (_, want), *_ = calculator.scores_by_token(data.tests, [data.train], of="loss")
+        with monkeypatch.context() as patch:
+            patch.setattr(token_losses, "CHUNK", 3)
+            (_, got), *_ = calculator.scores_by_token(data.tests, [data.train], of="loss")
+        assert_near(got, want)
 
 
 # --- errors ------------------------------------------------------------------------------------------------------

@@ -162,10 +162,9 @@ class FirstOrderInfluenceCalculator(InfluenceCalculator[Queries]):
     def _token_scores(
         self, queries: Queries, train_loader: Iterable[Any] | None, of: str
     ) -> Iterator[tuple[Any, Tensor]]:
-        P = {name: own.dense() for name, own in queries.items()} if of == "loss" else {}
         for index, (raw, batch) in enumerate(self.model.passes(self._data(train_loader), "scores by token")):
             if of == "loss":
-                scores = token_loss_scores(self.model, P, batch, index=index)
+                scores = token_loss_scores(self.model, queries, batch, index=index)
             else:
                 sink = BatchScores(self.model, {"": queries}, batch, index, per_token=True)
                 capture(self.model, batch, sink, index=index)

@@ -15,6 +15,7 @@ from ihvp.model import InfluenceModel, Layer
 
 NARROW = 128  # the widest side of a small layer
 MANY = 8  # fewer small layers are not worth collecting
+WHOLE = slice(None)
 OVERSAMPLING = 8  # directions beyond the rank in which it is looked for
 
 
@@ -40,8 +41,8 @@ class LayerQueries(ABC):
         """(Q,N): <P_q, g_n>; with `per_token` its terms (Q,N,T)."""
 
     @abstractmethod
-    def dense(self) -> Tensor:
-        """P itself, (Q,O,I')."""
+    def dense(self, at: slice = WHOLE) -> Tensor:
+        """P itself, (Q,O,I'), or that of the queries `at`."""
 
     @abstractmethod
     def joined(self, others: Sequence[LayerQueries]) -> LayerQueries:
@@ -79,8 +80,8 @@ class DenseQueries(LayerQueries):
     def scores(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None, *, per_token: bool = False) -> Tensor:
         return ops.gradient_dot(self.P, a, delta, mask=mask, bias=layer.bias, per_token=per_token)
 
-    def dense(self) -> Tensor:
-        return self.P
+    def dense(self, at: slice = WHOLE) -> Tensor:
+        return self.P[at]
 
     def joined(self, others: Sequence[LayerQueries]) -> LayerQueries:
         return DenseQueries(torch.cat([self.P, *(one.dense() for one in others)]))
@@ -100,8 +101,8 @@ class LowRankQueries(LayerQueries):
     def scores(self, layer: Layer, a: Tensor, delta: Tensor, mask: Tensor | None, *, per_token: bool = False) -> Tensor:
         return ops.gradient_dot_low_rank(self.L, self.R, a, delta, mask=mask, bias=layer.bias, per_token=per_token)
 
-    def dense(self) -> Tensor:
-        return self.L @ self.R
+    def dense(self, at: slice = WHOLE) -> Tensor:
+        return self.L[at] @ self.R[at]
 
     def joined(self, others: Sequence[LayerQueries]) -> LayerQueries:
         own = [self, *(one for one in others if isinstance(one, LowRankQueries))]
@@ -141,8 +142,8 @@ class TokenQueries(LayerQueries):
             self._dense = self.dense()
         return ops.gradient_dot(self._dense, a, delta, mask=mask, bias=layer.bias)
 
-    def dense(self) -> Tensor:
-        return self.d.mT @ self.x
+    def dense(self, at: slice = WHOLE) -> Tensor:
+        return self.d[at].mT @ self.x[at]
 
     def joined(self, others: Sequence[LayerQueries]) -> LayerQueries:
         own = [self, *(one for one in others if isinstance(one, TokenQueries))]
@@ -191,8 +192,8 @@ class EigenbasisQueries(LayerQueries):
             self._dense = self.dense()
         return ops.gradient_dot(self._dense, a, delta, mask=mask, bias=layer.bias, per_token=per_token)
 
-    def dense(self) -> Tensor:
-        rotated = self.d.unsqueeze(2) * self.x.unsqueeze(1) * self.basis.weight
+    def dense(self, at: slice = WHOLE) -> Tensor:
+        rotated = self.d[at].unsqueeze(2) * self.x[at].unsqueeze(1) * self.basis.weight
         return ops.eigenbasis_rotate(rotated, self.basis.U_A, self.basis.U_G, inverse=True)
 
     def joined(self, others: Sequence[LayerQueries]) -> LayerQueries:
